@@ -1,0 +1,34 @@
+"""What every test run shares: `--long`, and how hard Hypothesis looks.
+
+By default the examples are the same on every machine and in every run, so that a red line can be seen again; `--long`
+looks further with fresh examples. Helpers that tell stories live beside this file (`story.py`), not in it.
+"""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy two-core machine stops for longer than any deadline; pytest-timeout catches what really hangs.
+settings.register_profile("quick", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "long", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--long`, which `./run test --long` passes on."""
+    parser.addoption("--long", action="store_true", help="look longer: more examples, more seeds, slower stories")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the Hypothesis profile, and name the mark that keeps slow stories for `--long`."""
+    settings.load_profile("long" if config.getoption("--long") else "quick")
+    config.addinivalue_line("markers", "long: runs only with --long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `long`, saying how to run it."""
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes long: ./run test --long"))
