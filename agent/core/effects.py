@@ -64,8 +64,8 @@ class BroadcastSettlement(Effect):
 
 @dataclass(frozen=True, slots=True)
 class SignMeterRecord(Effect):
-    """Sign this OCMF payload with the meter key and journal the record."""
+    """Build this session's OCMF record (`record.payload`), sign it with the meter key, journal it."""
 
     session_id: SessionId
     moment: Literal["begin", "end"]
-    payload: str
+    pagination: int  # OCMF's PG: a running number, so that a missing record shows

@@ -1,0 +1,178 @@
+"""What is only true now: newest readings, newest header, time, limits. Never journaled; a restart begins with an empty one.
+
+Rules
+* With an empty Live nothing is owed but Hold: no reading, no header, no delivery.
+* Time is chain time (rule 10): the newest header's timestamp plus monotonic time since it arrived. The wall clock is not here.
+* `observe(live, update, now_ms)` is pure; `engine.observe` is its only caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from agent.core.units import BlockHash
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The owner's limits. Each says which fault or counterparty it bounds (PROTOCOL sections 5, 7; DESIGN section 5)."""
+
+    max_unacked_wh: Mapping[str, int]  # per port: energy we may lose to a consumer who stops signing
+    max_unfinal_wh: int = 2_000  # energy we may lose to a reorg that never re-includes `connect`
+    max_view_age_s: int = 60  # how blind we may be to a close on chain while energy flows
+    validity_margin_s: int = 60  # stop this long before the token expires
+    final_receipt_wait_s: int = 20  # how long a stopped session waits for the consumer's last signature
+    receipt_timeout_s: int = 120  # how long a pause for credit, or a dead bus, may last
+    stop_deadline_s: int = 30  # a contactor not seen open by then locks the port out
+    lock_after_s: int = 3  # a stop not obeyed by then is repeated more firmly,
+    cut_off_after_s: int = 6  # and by then with the external cut-off
+    reading_age_ms_max: int = 2_000  # older than this is no reading
+    grace_s: int = 72 * 3600  # the contract's grace: when an orphan may be forgotten
+    soc_permille_reserve: int = 0  # the provider's own way home
+
+
+@dataclass(frozen=True, slots=True)
+class PortReading:
+    """One reading of one port, in DESIGN's words; the charger runner makes it from the bridge's Reading."""
+
+    at_ms: int
+    register_mwh: int | None
+    power_w: int
+    pilot_state: str  # IEC 61851 A-F
+    seen_open: bool  # contactor seen open and power about zero
+    fault: str | None = None
+    soc_permille: int | None = None
+    current_ma: int = 0
+    voltage_mv: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PortLive:
+    """A port now. `previous` makes "seen open at the same register twice" possible: meters tick late."""
+
+    reading: PortReading | None = None
+    previous: PortReading | None = None
+    armed: bool = False  # the charger's own failsafe is armed and was read back
+    at_target: bool = False  # the stop schedule landed on the order (within one counter step)
+    held_ms: int = 0  # for how long a stop has been commanded without being seen open (rule 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The newest believed block header."""
+
+    number: int
+    block_hash: BlockHash
+    timestamp_s: int
+    seen_at_ms: int  # monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Everything that is true only now."""
+
+    policy: Policy
+    life: int  # which life of the agent this is: the journal's length when it started
+    started_at_s: int  # newest time in the journal when this life began
+    started_at_ms: int
+    now_ms: int
+    header: Header | None = None
+    ports: Mapping[str, PortLive] = field(default_factory=dict)
+
+    @property
+    def at_s(self) -> int:
+        """Chain time now; without any header, the journal's newest time plus what has passed since we started."""
+        if self.header is None:
+            return self.started_at_s + (self.now_ms - self.started_at_ms) // 1000
+        return self.header.timestamp_s + (self.now_ms - self.header.seen_at_ms) // 1000
+
+    @property
+    def view_age_s(self) -> int | None:
+        """How long ago the newest header arrived; None before the first."""
+        return None if self.header is None else (self.now_ms - self.header.seen_at_ms) // 1000
+
+    def reading(self, port: str) -> PortReading | None:
+        """The newest reading of this port, if it is fresh enough to decide by."""
+        reading = self.ports[port].reading if port in self.ports else None
+        if reading is None or self.now_ms - reading.at_ms > self.policy.reading_age_ms_max:
+            return None
+        return reading
+
+    def rest_register_mwh(self, port: str) -> int | None:
+        """The register, if two fresh readings in a row saw the contactor open at the same value. Else None."""
+        reading = self.reading(port)
+        previous = self.ports[port].previous if reading is not None else None
+        if reading is None or previous is None or not (reading.seen_open and previous.seen_open):
+            return None
+        if reading.register_mwh is None or reading.register_mwh != previous.register_mwh:
+            return None
+        return reading.register_mwh
+
+    def held_ms(self, port: str) -> int:
+        """For how long this port has been told to stop without being seen open."""
+        return self.ports[port].held_ms if port in self.ports else 0
+
+    def silent_ms(self, port: str) -> int:
+        """For how long this port has not answered; 0 while it does."""
+        live = self.ports.get(port)
+        since = self.started_at_ms if live is None or live.reading is None else live.reading.at_ms
+        silent = self.now_ms - since
+        return silent if silent > self.policy.reading_age_ms_max else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PortRead:
+    """Update: a poll succeeded."""
+
+    port: str
+    reading: PortReading
+    armed: bool
+    at_target: bool = False
+    held_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PortLost:
+    """Update: the charger stopped answering; whatever was armed must be armed and read back again."""
+
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderSeen:
+    """Update: a new believed head."""
+
+    number: int
+    block_hash: BlockHash
+    timestamp_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Update: nothing but time has passed."""
+
+
+Update = PortRead | PortLost | HeaderSeen | Beat
+
+
+def observe(live: Live, update: Update, now_ms: int) -> Live:
+    """Live after `update`. Monotonic time never goes back; a header replaces an older one only if it is higher."""
+    assert now_ms >= live.now_ms, (now_ms, live.now_ms)
+    live = replace(live, now_ms=now_ms)
+    match update:
+        case PortRead(port=port, reading=reading):
+            before = live.ports.get(port, PortLive())
+            now = PortLive(reading, before.reading, update.armed, update.at_target, update.held_ms)
+            return replace(live, ports={**live.ports, port: now})
+        case PortLost(port=port):
+            before = live.ports.get(port, PortLive())
+            lost = replace(before, previous=None, armed=False, at_target=False)
+            return replace(live, ports={**live.ports, port: lost})
+        case HeaderSeen():
+            if live.header is not None and update.number <= live.header.number:
+                return live  # an old head served as new must not refresh our view
+            header = Header(update.number, update.block_hash, update.timestamp_s, now_ms)
+            return replace(live, header=header)
+        case Beat():
+            return live

@@ -1,0 +1,79 @@
+"""The only writer. `accept(event)`: step, journal, swap, wake. `observe(update)`: set Live, then accept whatever is due.
+
+Rules
+* Both are synchronous: no await between decision, disk and memory. An assertion in `step` means the event never reaches the disk.
+* Durable first, then visible, then wake the runners. Runners ask `owed()` at their own beat, so a missed wake-up heals itself.
+
+May not know: runners, the charger, Ethereum, how events look on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agent.core import book as rules
+from agent.core.book import Book
+from agent.core.effects import Effect
+from agent.core.events import Event
+from agent.core.live import Live, Policy, Update, observe
+from agent.journal import Journal
+
+DUE_MAX = 256  # one update makes at most a few events due per session; more means two rules disagree for ever
+
+
+class Engine:
+    """The book, in memory and on disk, and what is true now."""
+
+    def __init__(self, journal: Journal, policy: Policy, monotonic_ms: Callable[[], int]) -> None:
+        self._journal = journal
+        self._monotonic_ms = monotonic_ms
+        self.book: Book = journal.replay()
+        now_ms = monotonic_ms()
+        self.live = Live(
+            policy=policy,
+            life=len(journal),
+            started_at_s=self.book.at_s,
+            started_at_ms=now_ms,
+            now_ms=now_ms,
+        )
+        self.changed = asyncio.Event()  # replaced at every change: take it, look at the book, then wait for it
+        self.beat_at_ms = now_ms  # when `observe` last ran to its end: the watchdog looks at this
+
+    def accept(self, event: Event) -> bool:
+        """One fact. Returns whether it changed anything (then it is on disk)."""
+        after = rules.step(self.book, event)
+        if after is self.book:
+            return False
+        self._journal.append(event)
+        self.book = after
+        self._wake()
+        return True
+
+    def observe(self, update: Update) -> None:
+        """One look at the world; then everything that time or readings have made due is accepted."""
+        before = self.live
+        self.live = observe(self.live, update, self._monotonic_ms())
+        for _ in range(DUE_MAX):
+            event = rules.due(self.book, self.live)
+            if event is None:
+                break
+            self.accept(event)
+        else:
+            raise AssertionError(f"events stay due: {event}")
+        self.beat_at_ms = self.live.now_ms
+        if before.ports != self.live.ports or before.header != self.live.header:
+            self._wake()
+
+    def owed(self) -> tuple[Effect, ...]:
+        """Everything owed now."""
+        return rules.owed(self.book, self.live)
+
+    @property
+    def at_s(self) -> int:
+        """Chain time now, for stamping events."""
+        return self.live.at_s
+
+    def _wake(self) -> None:
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
