@@ -6,7 +6,8 @@ Rules
 * `encode` gives canonical JSON (sorted keys, no spaces); `decode` accepts any spelling of the same object.
 * `decode` raises only Refused("malformed", ...), in microseconds, before anything expensive is looked at.
 
-May not know: sessions, transports, who may say what. Signatures are carried, not checked, here.
+May not know: sessions, transports, who may say what. Signatures are carried here, as they came; whoever checks one
+normalises it first (`token.normalised`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_args
 
 from agent.core.events import Scheme
-from agent.core.token import ProviderHello, normalised
+from agent.core.token import ProviderHello
 from agent.core.units import Address, SessionId, Token, TxHash, hex0x
 from agent.errors import Refused
 
@@ -62,7 +63,7 @@ def _unhex(value: str) -> bytes:
 def _decode_signature(value: Any) -> bytes:  # noqa: ANN401 - JSON
     if not isinstance(value, str) or not value.startswith("0x") or len(value) not in (130, 132):
         raise Malformed("expected a signature of 64 or 65 bytes")
-    return normalised(_unhex(value))
+    return _unhex(value)
 
 
 def _decode_public_key(value: Any) -> bytes:  # noqa: ANN401 - JSON

@@ -179,6 +179,7 @@ class Session:
     stage_at_s: int
     final: bool = False
     presentation: Presentation | None = None
+    accepted_at_s: int = 0
     register_mwh_begin: int | None = None
     register_mwh_last: int | None = None  # where the register stood when the contactor was last seen open
     segment_mwh_begin: int | None = None  # where the open segment began; None while no power is offered
@@ -457,7 +458,11 @@ def _token_presented(session: Session, event: ev.TokenPresented) -> Session:
 def _session_accepted(session: Session, event: ev.SessionAccepted) -> Session:
     begin = event.register_mwh_begin if session.register_mwh_begin is None else session.register_mwh_begin
     return replace(
-        session, stage=S.AUTHORISED, register_mwh_begin=begin, register_mwh_last=event.register_mwh_begin
+        session,
+        stage=S.AUTHORISED,
+        accepted_at_s=event.at_s,
+        register_mwh_begin=begin,
+        register_mwh_last=event.register_mwh_begin,
     )
 
 

@@ -200,7 +200,7 @@ def challenge(hello: ProviderHello, consumer_nonce: bytes) -> bytes:
 
 
 def normalised(signature: bytes) -> bytes:
-    """Turn 64-byte EIP-2098 and v 0/1 signatures into the canonical 65 bytes. Raises Refused("malformed") for the rest."""
+    """Turn 64-byte EIP-2098 and v 0/1 signatures into the canonical 65 bytes. Raises Refused("bad_signature") for the rest."""
     if len(signature) == 64:
         parity_and_s = int.from_bytes(signature[32:], "big")
         s = parity_and_s & ((1 << 255) - 1)
@@ -208,7 +208,7 @@ def normalised(signature: bytes) -> bytes:
     elif len(signature) == SIGNATURE_LENGTH and signature[64] in (0, 1):
         signature = signature[:64] + bytes([signature[64] + 27])
     if not is_canonical(signature):
-        raise Refused("malformed", "the signature is not 65 bytes with v 27/28 and low s")
+        raise Refused("bad_signature", "the signature is not 65 bytes with v 27/28 and low s")
     return signature
 
 
