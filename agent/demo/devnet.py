@@ -1,7 +1,9 @@
-"""An embedded Ethereum node for the demo and the tests: a py-evm chain behind JSON-RPC over HTTP and WebSocket.
+"""An embedded Ethereum node for the demo and the tests: a py-evm chain behind JSON-RPC over HTTP and
+WebSocket.
 
 Rules
-* One port, loopback: POST is JSON-RPC, GET upgrades to WebSocket, where `eth_subscribe` knows `newHeads` and `logs`.
+* One port, loopback: POST is JSON-RPC, GET upgrades to WebSocket, where `eth_subscribe` knows `newHeads` and
+  `logs`.
 * It answers as a real node does, so that the agent runs the same code here and in the field: error codes and
   words of geth, blocks stamped with the wall clock, a pool that waits for the next block.
 * Its accounts are throw-away: keys follow from a seed that everybody can read. Never send them real money.
@@ -142,7 +144,9 @@ class Devnet:
         await self.unplug()
 
     async def listen(self) -> None:
-        """Open the port; after `unplug` the same one again, with the chain as it was. OSError when it is taken."""
+        """Open the port; after `unplug` the same one again, with the chain as it was. OSError when it is
+        taken.
+        """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/", self._on_post)
         app.router.add_get("/", self._on_websocket)
@@ -198,8 +202,8 @@ class Devnet:
         return self.evm.head
 
     def reorg(self, depth: int, blocks: int | None = None) -> Mined:
-        """Replace the newest `depth` blocks by `blocks` others (default one more); their transactions are mined again,
-        at another time. As with anvil, subscribers see only new heads, no `removed` logs.
+        """Replace the newest `depth` blocks by `blocks` others (default one more); their transactions are
+        mined again, at another time. As with anvil, subscribers see only new heads, no `removed` logs.
         """
         self.evm.drop(depth)
         return self.mine(depth + 1 if blocks is None else blocks)

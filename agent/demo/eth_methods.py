@@ -1,8 +1,8 @@
 """The JSON-RPC methods of the embedded node, and the JSON shapes of blocks, transactions, receipts and logs.
 
 Rules
-* A method takes JSON values and returns JSON values; a wrong shape raises ValueError, TypeError or KeyError, a "no"
-  raises `Refusal`. The server turns both into JSON-RPC errors.
+* A method takes JSON values and returns JSON values; a wrong shape raises ValueError, TypeError or KeyError,
+  a "no" raises `Refusal`. The server turns both into JSON-RPC errors.
 * Answers are complete enough that a client can recompute hashes from them.
 
 May not know: sockets, subscriptions, who asks.
@@ -40,7 +40,9 @@ TIP_SUGGESTED_WEI = 10**9
 
 @dataclass(frozen=True, slots=True)
 class ProviderLimits:
-    """What a hosted node refuses to answer in one `eth_getLogs`; generous unless a test wants to see the refusal."""
+    """What a hosted node refuses to answer in one `eth_getLogs`; generous unless a test wants to see the
+    refusal.
+    """
 
     range_blocks: int = 100_000
     results: int = 10_000
@@ -227,7 +229,9 @@ class EthMethods:
 
 
 def quantity(value: Json) -> int:
-    """A number as JSON-RPC writes it (0x-hex); plain integers are tolerated, as other development nodes do."""
+    """A number as JSON-RPC writes it (0x-hex); plain integers are tolerated, as other development nodes
+    do.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"not a quantity: {value!r}")
     number = int(value, 16) if isinstance(value, str) else value

@@ -1,10 +1,12 @@
 """An Ethereum chain in one process's memory: transaction pool, blocks, state and logs, run by py-evm.
 
 Rules
-* Synchronous and single-threaded; the caller brings the time. A transaction costs about 5 ms, an empty block 3 ms.
+* Synchronous and single-threaded; the caller brings the time. A transaction costs about 5 ms, an empty block
+  3 ms.
 * It behaves like a node, not like a test double: a pool with nonce gaps and replacement prices, transactions
   that wait for a block, reverts with their data, blocks that can be dropped again (a reorg).
-* Everything refused is a `Refusal` with the JSON-RPC code and the words geth uses, because our own code reads them.
+* Everything refused is a `Refusal` with the JSON-RPC code and the words geth uses, because our own code
+  reads them.
 
 May not know: JSON, sockets, the V2V contract, accounts' private keys.
 """
@@ -38,7 +40,9 @@ CODE_REVERTED = 3
 
 
 class Refusal(Exception):
-    """The node says no: `code` and `message` as JSON-RPC error, `data` the revert data where there is some."""
+    """The node says no: `code` and `message` as JSON-RPC error, `data` the revert data where there is
+    some.
+    """
 
     def __init__(self, code: int, message: str, data: bytes | None = None) -> None:
         super().__init__(message)
@@ -182,9 +186,7 @@ class Evm:
     def next_base_fee_wei(self) -> int:
         """Base fee of the block that comes next (EIP-1559)."""
         header = self.head.header
-        return int(
-            self._chain.create_header_from_parent(header, timestamp=header.timestamp + 1).base_fee_per_gas
-        )
+        return base_fee_wei(self._chain.create_header_from_parent(header, timestamp=header.timestamp + 1))
 
     def block_by_hash(self, block_hash: bytes) -> Mined | None:
         """The canonical block with this hash; dropped blocks are unknown, as on a node that pruned them."""
@@ -225,15 +227,18 @@ class Evm:
         return nonce
 
     def call(self, message: Message, block: Mined, *, at_s: int | None = None) -> bytes:
-        """Return data of a call on the state after `block`; with `at_s` as if in the next block. Refuses on revert."""
+        """Return data of a call on the state after `block`; with `at_s` as if in the next block. Refuses on
+        revert.
+        """
         return bytes(self._run(message, block, at_s).output)
 
     def estimate_gas(self, message: Message, at_s: int) -> int:
-        """A gas limit with which `message` succeeds in the next block: what it used before refunds, plus room for
-        the 1/64 that every inner call holds back (EIP-150), tried before it is handed out.
+        """A gas limit with which `message` succeeds in the next block: what it used before refunds, plus
+        room for the 1/64 that every inner call holds back (EIP-150), tried before it is handed out.
         """
         computation = self._run(message, self.head, at_s)
-        # Refunds come back only at the end, so the limit must cover the use before them; the floor is EIP-7623's.
+        # Refunds come back only at the end, so the limit must cover the use before them; the floor is
+        # EIP-7623's.
         gas = message.gas_limit - int(computation.get_gas_remaining())
         gas = max(gas, gas + int(getattr(computation, "data_floor_gas", 0)))
         for _ in range(12):  # 1.0 .. 1.8 times; then the whole block, which has just been shown to work
@@ -273,7 +278,9 @@ class Evm:
     # ---- transactions and blocks
 
     def add(self, raw_tx: bytes) -> bytes:
-        """Take a signed transaction into the pool; returns its hash. Refuses with the words of geth's pool."""
+        """Take a signed transaction into the pool; returns its hash. Refuses with the words of geth's
+        pool.
+        """
         try:
             tx = self._chain.get_vm(self.head.header).get_transaction_builder().decode(raw_tx)
             tx.validate()
@@ -345,7 +352,9 @@ class Evm:
         return block
 
     def _ready(self, base_fee_wei: int) -> list[SignedTransactionAPI]:
-        """Waiting transactions that can go into a block now: by arrival, per sender by nonce without a gap."""
+        """Waiting transactions that can go into a block now: by arrival, per sender by nonce without a
+        gap.
+        """
         ready: list[SignedTransactionAPI] = []
         for sender in dict.fromkeys(bytes(tx.sender) for tx in self._pool):
             nonce = self.nonce(sender)
@@ -359,7 +368,9 @@ class Evm:
     # ---- going back
 
     def drop(self, depth: int) -> tuple[Mined, ...]:
-        """Undo the newest `depth` blocks; their transactions wait in the pool again. Returns them, oldest first."""
+        """Undo the newest `depth` blocks; their transactions wait in the pool again. Returns them, oldest
+        first.
+        """
         if not 0 < depth <= self.head.number:
             raise Refusal(CODE_INVALID_PARAMS, f"cannot drop {depth} of {self.head.number} blocks")
         dropped = tuple(reversed([self._canonical.pop() for _ in range(depth)]))
@@ -375,7 +386,9 @@ class Evm:
         return number
 
     def revert(self, number: int) -> bool:
-        """Return to a snapshot and forget it and all later ones; False when there is no such point any more."""
+        """Return to a snapshot and forget it and all later ones; False when there is no such point any
+        more.
+        """
         snapshot = self._snapshots.get(number)
         self._snapshots = {known: point for known, point in self._snapshots.items() if known < number}
         if snapshot is None or snapshot.block_hash not in self._canonical.by_hash:
@@ -387,7 +400,9 @@ class Evm:
 
 
 class _Chain(MiningChain):
-    """py-evm's chain under today's rules, with a constant gas limit. `chain_id` is set by the subclass made for it."""
+    """py-evm's chain under today's rules, with a constant gas limit. `chain_id` is set by the subclass made
+    for it.
+    """
 
     vm_configuration = ((0, PragueVM),)  # type: ignore[assignment]
 
