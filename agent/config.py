@@ -3,7 +3,8 @@
 Rules
 * The models below are the only list of settings: the file's checks, the environment's names and the editor's
   schema (config/agent.schema.json) all come from them.
-* No secret is a setting. Keys and passwords are *named* here (a systemd credential or a file), for `agent.keys`.
+* No secret is a setting. Keys and passwords are *named* here (a systemd credential or a file), for
+  `agent.keys`.
 * Units are in the names. Relative paths are relative to the file that holds them.
 
 May not know: what a key is, whether a node or a charger answers. Stdlib and pydantic only, because every

@@ -2,9 +2,11 @@
 
 Rules
 * All problems at once, each with its file and line (or environment variable), key, value and nearest valid
-  key: an installer repairs a file once, not once per mistake. Then exit 78, and the unit does not restart-loop.
-* Every setting may be given as `V2V_SECTION__KEY=...` too (a list's entry by its number: `V2V_PORTS__0__WIRE`),
-  with the same names and checks; a variable that names no setting is a mistake, never ignored.
+  key: an installer repairs a file once, not once per mistake. Then exit 78, and the unit does not
+  restart-loop.
+* Every setting may be given as `V2V_SECTION__KEY=...` too (a list's entry by its number:
+  `V2V_PORTS__0__WIRE`), with the same names and checks; a variable that names no setting is a mistake, never
+  ignored.
 * What looks like a secret is refused where it stands, and is not shown again in the refusal.
 
 May not know: any particular setting. Stdlib and pydantic only.

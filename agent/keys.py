@@ -1,0 +1,335 @@
+"""Private keys: from a keystore, a key file or a systemd credential to something that signs. The bytes never
+leave here.
+
+Rules
+* A `Signer` shows its address and nothing else: not in repr, pickle, copy, exception or a traceback's locals.
+* Files are refused unless only their owner can read them. The environment and the settings are no place for a
+  key: both are seen by every child, in crash reports and in backups.
+* Signatures are the contract's canonical form (65 bytes, v 27/28, low s), deterministic (RFC 6979): the same
+  message signed again after a crash is the same bytes.
+* The meter's key is another key than the account's: an OCMF payload must never be a transaction.
+
+May not know: settings, sessions, the chain. eth_account takes a third of a second to import, so only the
+functions that need it do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import coincurve
+
+from agent.core.token import CURVE_ORDER, address_of
+from agent.core.units import Address, hex0x, short
+from agent.errors import Misconfigured
+
+MAX_FILE_BYTES = (
+    16_384  # a keystore has about 500; a device or a log given by mistake must not be read to its end
+)
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
+
+# SubjectPublicKeyInfo of an uncompressed secp256k1 key, up to the key (RFC 5480, SEC 2: OID 1.3.132.0.10).
+_SPKI_HEAD = bytes.fromhex("3056301006072a8648ce3d020106052b8104000a034200")
+
+
+class _Hidden:
+    """A secret on its way through this file: a traceback that shows locals shows only this class's name."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return "<hidden>"
+
+    def reveal(self) -> bytes:
+        return self._value
+
+
+class _KeyHolder:
+    """What both kinds of signer share: a private key that cannot be shown, copied or stored."""
+
+    __slots__ = ("_private", "public_key")
+
+    def __init__(self, private: coincurve.PrivateKey) -> None:
+        self._private = private
+        self.public_key: bytes = private.public_key.format(compressed=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} holds a private key and cannot be copied or stored")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({short(address_of(self.public_key))})"
+
+
+class Signer(_KeyHolder):
+    """An account's key. `address` is 20 bytes, `public_key` 65 bytes (0x04, x, y)."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, private: coincurve.PrivateKey) -> None:
+        super().__init__(private)
+        self.address: Address = address_of(self.public_key)
+
+    def sign_digest(self, digest32: bytes) -> bytes:
+        """65 bytes r, s, v with v 27/28 and low s, as the contract demands. `digest32` is already hashed."""
+        assert len(digest32) == 32, "sign what is hashed"
+        signature = self._private.sign_recoverable(digest32, hasher=None)
+        assert signature[64] in (0, 1), "r above the curve's order: nobody has ever seen one"
+        return signature[:64] + bytes([27 + signature[64]])
+
+    def sign_transaction(self, transaction: Mapping[str, Any]) -> bytes:
+        """The raw signed transaction, ready to journal and send. `transaction` as eth_account takes it."""
+        from eth_account import Account
+
+        return bytes(Account.sign_transaction(dict(transaction), self._private.secret).raw_transaction)
+
+
+class MeterSigner(_KeyHolder):
+    """The meter's key: signs records, never transactions. `public_key` is 65 bytes."""
+
+    __slots__ = ()
+
+    def sign_sha256(self, payload: bytes) -> bytes:
+        """DER signature over SHA-256 of `payload` (OCMF 1.4 `SA: ECDSA-secp256k1-SHA256`)."""
+        return bytes(self._private.sign(payload))
+
+    @property
+    def public_key_spki(self) -> bytes:
+        """The public key as DER SubjectPublicKeyInfo, as OCMF's tools read it."""
+        return _SPKI_HEAD + self.public_key
+
+
+# ------------------------------------------------------------------------------------------------ getting
+# keys
+
+
+def load_signer(
+    source: str, password_source: str | None = None, *, environ: Mapping[str, str] = os.environ
+) -> Signer:
+    """The account key that `source` names: a credential, or (with a slash) a keystore V3 or hex file of mode
+    0600.
+
+    `password_source` names the keystore's password in the same way. Raises `Misconfigured` with the remedy.
+    """
+    return Signer(_load_private(source, password_source, environ))
+
+
+def load_meter_signer(
+    source: str, password_source: str | None = None, *, environ: Mapping[str, str] = os.environ
+) -> MeterSigner:
+    """The meter key that `source` names; as `load_signer`."""
+    return MeterSigner(_load_private(source, password_source, environ))
+
+
+def load_password(source: str, *, environ: Mapping[str, str] = os.environ) -> str:
+    """The one line in the credential or 0600 file that `source` names (a broker's password)."""
+    return _load_password(source, environ).reveal().decode()
+
+
+def require_different_keys(operator: Signer, meter: MeterSigner) -> None:
+    """Raises `Misconfigured` when one key plays both parts: a record could then be a transaction."""
+    if operator.public_key == meter.public_key:
+        raise Misconfigured(
+            f"the operator key and the meter key are the same ({short(operator.address)})",
+            remedy="make another one for the meter, and name it in [keys] meter",
+        )
+
+
+def ephemeral_signer(seed: bytes) -> Signer:
+    """A throw-away key: the same for the same `seed`. For session keys (32 random bytes), demo, tests."""
+    return Signer(_from_seed(b"account", seed))
+
+
+def ephemeral_meter_signer(seed: bytes) -> MeterSigner:
+    """A throw-away meter key: the same for the same `seed`, and another than the account's."""
+    return MeterSigner(_from_seed(b"meter", seed))
+
+
+def new_key(path: Path, *, password: str | None = None) -> Signer:
+    """Make a key and write it to `path`, mode 0600: a keystore V3 with a `password`, else 0x and 64 hex
+    digits.
+
+    Written whole or not at all, and never over an existing file: that key may hold money. Raises
+    `Misconfigured`.
+    """
+    private = coincurve.PrivateKey(_random_scalar())
+    if password is None:
+        content = hex0x(private.secret).encode() + b"\n"
+    else:
+        from eth_account import Account
+
+        content = json.dumps(Account.encrypt(private.secret, password)).encode() + b"\n"
+    _write_new(path, _Hidden(content))
+    return Signer(private)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+# files
+
+
+def _load_private(
+    source: str, password_source: str | None, environ: Mapping[str, str]
+) -> coincurve.PrivateKey:
+    if re.fullmatch(r"(0x)?[0-9a-fA-F]{64}", source.strip()):
+        raise Misconfigured(
+            "a private key was given where the name of one belongs (it is not shown here)",
+            remedy="put it into a file of mode 0600 or a credential, name that, and consider the key leaked",
+        )
+    content = _read_secret(source, environ)
+    if content.reveal().lstrip().startswith(b"{"):
+        if password_source is None:
+            raise Misconfigured(
+                f"{source} is a keystore, and nothing says where its password is",
+                remedy="name it in [keys]: operator_password, meter_password or account_password",
+            )
+        content = _decrypted(source, content, _load_password(password_source, environ))
+    else:
+        content = _from_hex(source, content)
+    if not 0 < int.from_bytes(content.reveal(), "big") < CURVE_ORDER:
+        raise Misconfigured(
+            f"{source} holds no secp256k1 private key", remedy="make one with a wallet, or restore a backup"
+        )
+    return coincurve.PrivateKey(content.reveal())
+
+
+def _from_hex(source: str, content: _Hidden) -> _Hidden:
+    digits = _Hidden(content.reveal().strip().removeprefix(b"0x"))
+    if not re.fullmatch(rb"[0-9a-fA-F]{64}", digits.reveal()):
+        raise Misconfigured(
+            f"{source} is neither a keystore (JSON) nor a key of 64 hex digits",
+            remedy="check that it is the right file",
+        )
+    return _Hidden(bytes.fromhex(digits.reveal().decode()))
+
+
+def _decrypted(source: str, keystore: _Hidden, password: _Hidden) -> _Hidden:
+    from eth_account import Account
+
+    try:
+        return _Hidden(bytes(Account.decrypt(keystore.reveal().decode(), password.reveal().decode())))
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        # `from None`: the libraries' frames hold the password. A wrong password is a MAC that does not fit.
+        fits = "MAC" not in str(error)
+    what = "is no keystore of version 3" if fits else "does not open with this password"
+    raise Misconfigured(
+        f"{source} {what}", remedy="check the keystore and the password that [keys] names"
+    ) from None
+
+
+def _load_password(source: str, environ: Mapping[str, str]) -> _Hidden:
+    line = _Hidden(_read_secret(source, environ).reveal().rstrip(b"\r\n"))
+    try:
+        fits = line.reveal().decode().isprintable() and bool(line.reveal())
+    except UnicodeDecodeError:
+        fits = False
+    if not fits:
+        raise Misconfigured(
+            f"{source} does not hold one line with a password", remedy="write the password alone into it"
+        )
+    return line
+
+
+def _read_secret(source: str, environ: Mapping[str, str]) -> _Hidden:
+    """What the credential or the file holds. A file must be its owner's alone; systemd guards its own."""
+    path = Path(source) if "/" in source else _credential(source, environ)
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Misconfigured(
+                    f"{source} is not a file", remedy="name the file that holds the key or password"
+                )
+            if "/" in source and status.st_mode & 0o077:
+                raise Misconfigured(
+                    f"{source} can be read by others (mode {stat.S_IMODE(status.st_mode):04o})",
+                    remedy=f"chmod 600 {source}",
+                )
+            content = _Hidden(file.read(MAX_FILE_BYTES + 1))
+    except FileNotFoundError:
+        raise Misconfigured(f"{source}: there is no such {_kind(source)}", remedy=_origin(source)) from None
+    except OSError as error:
+        raise Misconfigured(f"{source}: cannot be read ({error.strerror})", remedy=f"ls -l {path}") from None
+    if len(content.reveal()) > MAX_FILE_BYTES:
+        raise Misconfigured(
+            f"{source} is larger than {MAX_FILE_BYTES} bytes", remedy="check that it is the right file"
+        )
+    return content
+
+
+def _credential(name: str, environ: Mapping[str, str]) -> Path:
+    folder = environ.get(CREDENTIALS)
+    if not folder:
+        raise Misconfigured(
+            f"{name} names a systemd credential, but systemd gave us none (${CREDENTIALS} is not set)",
+            remedy=f"start the unit instead, or name a file by a path with a slash (./{name})",
+        )
+    return Path(folder) / name
+
+
+def _kind(source: str) -> str:
+    return "file" if "/" in source else "credential"
+
+
+def _origin(source: str) -> str:
+    if "/" in source:
+        return "check the path in [keys]; relative paths start at the settings file"
+    return (
+        f"add LoadCredential={source}:/etc/v2v-agent/{source} to the unit, and put the file there (mode 0600)"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ making keys
+
+
+def _from_seed(part: bytes, seed: bytes) -> coincurve.PrivateKey:
+    scalar = hashlib.sha256(b"v2v ephemeral key\0" + part + b"\0" + seed).digest()
+    # 1 of 2^128 digests is no key; hashing again keeps the function total.
+    return coincurve.PrivateKey(scalar) if _is_scalar(scalar) else _from_seed(part, scalar)
+
+
+def _is_scalar(scalar: bytes) -> bool:
+    return 0 < int.from_bytes(scalar, "big") < CURVE_ORDER
+
+
+def _random_scalar() -> bytes:
+    while not _is_scalar(scalar := secrets.token_bytes(32)):
+        pass
+    return scalar
+
+
+def _write_new(path: Path, content: _Hidden) -> None:
+    """Write beside, sync, then link: `path` appears whole, or not, and replaces nothing."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content.reveal())
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except FileExistsError:
+        raise Misconfigured(
+            f"{path} exists already", remedy="choose another name; that key may hold money"
+        ) from None
+    except OSError as error:
+        raise Misconfigured(
+            f"{path}: cannot be written ({error.strerror})", remedy=f"ls -ld {path.parent}"
+        ) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
