@@ -1,7 +1,8 @@
 """The Charger port: what the rest of the world may ask of a charger, and the Reading it gives back.
 
 Rules
-* Integers only; units are in the names. Positive power and a growing register mean energy from provider to consumer.
+* Integers only; units are in the names. Positive power, and a growing register, mean energy from provider to
+  consumer.
 * `hold()` is always allowed, always safe, and never raises for "already off".
 * Nobody closes the contactor without `arm()` having succeeded first (BRIDGE rule 7).
 * A field that the device cannot show is `None`; its device map says so. `None` never means zero.
@@ -14,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-PilotState = Literal["A", "B", "C", "D", "E", "F"]  # IEC 61851-1 control pilot: A no vehicle, B plugged, C drawing, E/F fault
+# The IEC 61851-1 control pilot: A no vehicle, B plugged, C and D drawing, E and F fault.
+PilotState = Literal["A", "B", "C", "D", "E", "F"]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who answered: for the log, the commissioning report and the record. Empty strings where the device is silent."""
+    """Who answered: for the log, the commissioning report, the record. Empty where the device is silent."""
 
     device_map: str
     maker: str = ""
@@ -33,10 +35,10 @@ class Reading:
     """One look at the charger (and its meter). Every quantity was read in the same poll, newest possible."""
 
     at_ms: int  # monotonic milliseconds when the last word of this reading arrived
-    register_mwh: int | None  # lifetime counter provider -> consumer; None: not readable or a sentinel just now
+    register_mwh: int | None  # lifetime counter, provider -> consumer; None: a sentinel just now
     power_w: int
     current_ma: int
-    voltage_mv: int
+    voltage_mv: int  # the configured nominal where neither device nor meter measures it
     pilot_state: PilotState
     contactor_closed: bool | None  # *seen*, not commanded; None where the device shows no contactor
     fault: str | None = None  # a named fault of BRIDGE rule 8 or of the device
@@ -67,7 +69,13 @@ class Limits:
 
 
 class BridgeError(Exception):
-    """The wire or the device failed. `name` is stable (`timeout`, `stale_reply`, `exception_2`, `unplugged`, ...)."""
+    """The wire or the device failed; the message says what to do.
+
+    `name` is stable. The wire: `unreachable`, `port_missing`, `port_denied`, `port_locked`, `port_refused`,
+    `unplugged`, `timeout`, `wrong_reply`, `exception_N` (the device's own refusal), `bus_busy`, `bus_noisy`,
+    `closed`. The charger: `not_armed`, `failsafe_not_armed`, `limit_out_of_range`, `limit_refused`,
+    `hold_not_obeyed`, `cut_off_failed`.
+    """
 
     def __init__(self, name: str, message: str = "") -> None:
         super().__init__(f"{name}: {message}" if message else name)
@@ -75,7 +83,7 @@ class BridgeError(Exception):
 
 
 class MapError(Exception):
-    """A device map (or its use) is wrong; the message names the file, the key and the remedy. A human must act."""
+    """A device map (or its use) is wrong; the message names file, key and remedy. A human must act."""
 
 
 class Charger(Protocol):
@@ -87,7 +95,7 @@ class Charger(Protocol):
         """Ask the device who it is."""
 
     async def arm(self, failsafe_timeout_s: int) -> None:
-        """Arm the device's own communication failsafe at 0 A and read it back. Raises `BridgeError("failsafe_not_armed")`."""
+        """Arm the device's own communication failsafe at 0 A and read it back; else `failsafe_not_armed`."""
 
     async def set_limit(self, *, current_ma: int | None = None, power_w: int | None = None) -> None:
         """Offer power: enables the device if needed, writes only on change, and feeds the failsafe."""

@@ -1,0 +1,245 @@
+"""The physics behind the simulated charger: EV, relay, battery, energy and the failsafe timer. Pure: time is
+an argument.
+
+Rules
+* Integers only. Energy is kept in microjoules (mW x ms), so that nothing is ever rounded: 1 mWh = 3 600 000
+  uJ.
+* Time moves by `advance(now_ms)` only, and every event (EV lag over, timer expired, relay moved) happens at
+  its own instant, however seldom somebody looks.
+* The failsafe timer really cuts: when it expires with 0 A the relay opens at once, under load.
+
+May not know: Modbus, maps, wall clocks, the bridge that drives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+UJ_PER_MWH = 3_600_000
+_STEP_MS = (
+    10  # the finest slice of a ramp; a trapezoid over 10 ms of the fastest ramp is off by less than 0.01 Wh
+)
+_RELAY_MS = 150  # a contactor's own travel
+
+
+@dataclass(frozen=True, slots=True)
+class PlantConfig:
+    """One car, one box, one cable. `ev_*` describe how the car follows the pilot; `register_mwh_begin` is the
+    meter's past.
+    """
+
+    voltage_mv: int = 230_000
+    phase_count: int = 3
+    current_ma_max: int = 32_000  # what the box can offer
+    ev_current_ma_max: int = 32_000  # what the car can draw
+    current_ma_min: int = 6_000
+    ev_lag_ms: int = 500
+    ev_ramp_ma_per_s: int = 60_000
+    force_open_ms: int = (
+        6_000  # the box opens under load when the car ignores the stop this long (IEC 61851-1)
+    )
+    register_mwh_begin: int = 1_234_567_000
+    battery_mwh: int = 60_000_000
+    soc_permille_begin: int = 800
+    plugged: bool = True
+    contactor_stuck: bool = False
+
+
+class Plant:
+    """The true state of the simulated world. Methods without `now_ms` show the state as of the last
+    `advance`.
+    """
+
+    def __init__(self, config: PlantConfig, now_ms: int = 0) -> None:
+        self.config = config
+        self.now_ms = now_ms
+        self.energy_uj = 0  # delivered since begin: the truth nobody on the wire can see
+        self.offered_ma = 0  # the set point as written
+        self.enabled = False
+        self.locked = False
+        self.contactor_closed = False
+        self.current_ma = 0  # per phase, what really flows
+        self.ev_goal_ma = 0  # what the car is heading for
+        self.failsafe_timeout_ms = 0  # 0: not armed
+        self.failsafe_current_ma = config.current_ma_min
+        self.failsafe_tripped = False
+        # It tripped while power was offered; a timer that runs out on an idle box is no fault.
+        self.failsafe_cut = False
+        self._fed_ms = now_ms
+        self._pilot_ma = 0  # what the pilot tells the car
+        self._ev_hears_at_ms: int | None = None
+        self._relay_at_ms: int | None = None
+        self._stop_since_ms: int | None = None
+
+    # -------------------------------------------------------------- what the wire does to it
+    def set_limit(self, current_ma: int, now_ms: int) -> None:
+        """The set point, per phase. Below the minimum means stop."""
+        self.advance(now_ms)
+        self.offered_ma = min(current_ma, self.config.current_ma_max)
+        self._pilot_changed()
+
+    def enable(self, on: bool, now_ms: int) -> None:
+        """Release or withdraw the charge."""
+        self.advance(now_ms)
+        self.enabled = on
+        self._pilot_changed()
+
+    def lock(self, on: bool, now_ms: int) -> None:
+        """The firm stop: the relay opens at once."""
+        self.advance(now_ms)
+        self.locked = on
+        if on:
+            self._open_now()
+        self._pilot_changed()
+
+    def feed(self, now_ms: int) -> None:
+        """Somebody is there: start the failsafe timer again. A tripped one is over, but the set point it cut
+        stays 0.
+        """
+        self.advance(now_ms)
+        self._fed_ms = now_ms
+        self.failsafe_tripped = self.failsafe_cut = False
+
+    def arm_failsafe(
+        self, now_ms: int, *, timeout_ms: int | None = None, current_ma: int | None = None
+    ) -> None:
+        """Set the timer (0 turns it off) or the current it falls back to."""
+        self.advance(now_ms)
+        self._fed_ms = now_ms
+        if timeout_ms is not None:
+            self.failsafe_timeout_ms = timeout_ms
+        if current_ma is not None:
+            self.failsafe_current_ma = current_ma
+
+    def plug(self, plugged: bool, now_ms: int) -> None:
+        """Insert or pull the cable; pulling it opens the relay at once."""
+        self.advance(now_ms)
+        self.config = replace(self.config, plugged=plugged)
+        if not plugged:
+            self._open_now()
+        self._pilot_changed()
+
+    # -------------------------------------------------------------- what can be seen
+    @property
+    def power_mw(self) -> int:
+        """True power, mW, provider to consumer."""
+        return self.config.phase_count * self.config.voltage_mv * self.current_ma // 1000
+
+    @property
+    def power_w(self) -> int:
+        """True power, W."""
+        return self.power_mw // 1000
+
+    @property
+    def delivered_mwh(self) -> int:
+        """True energy since the simulation began, whole mWh."""
+        return self.energy_uj // UJ_PER_MWH
+
+    @property
+    def register_mwh(self) -> int:
+        """What an ideal meter with 1 mWh steps would show."""
+        return self.config.register_mwh_begin + self.delivered_mwh
+
+    @property
+    def soc_permille(self) -> int:
+        """The provider's battery, drained by what was delivered."""
+        left = self.config.battery_mwh * self.config.soc_permille_begin // 1000 - self.delivered_mwh
+        return max(0, left * 1000 // self.config.battery_mwh)
+
+    @property
+    def pilot_state(self) -> str:
+        """IEC 61851: A no vehicle, B plugged, C drawing."""
+        if not self.config.plugged:
+            return "A"
+        return "C" if self.contactor_closed or self._pilot_ma else "B"
+
+    @property
+    def fault(self) -> str:
+        """The one fault to show, "" for none."""
+        if self.failsafe_cut:
+            return "failsafe_tripped"
+        return (
+            "contactor_stuck"
+            if self.config.contactor_stuck and self._pilot_ma == 0 and self.contactor_closed
+            else ""
+        )
+
+    # -------------------------------------------------------------- time
+    def advance(self, now_ms: int) -> None:
+        """Let the world run until `now_ms`."""
+        while self.now_ms < now_ms:
+            until_ms = min([now_ms, *[at for at in self._events() if at > self.now_ms]])
+            ramping = self.current_ma != self._current_goal_ma()
+            self._flow(min(until_ms, self.now_ms + _STEP_MS) if ramping else until_ms)
+            self._happen()
+
+    def _events(self) -> list[int]:
+        found = [at for at in (self._ev_hears_at_ms, self._relay_at_ms) if at is not None]
+        if self._stop_since_ms is not None:
+            found.append(self._stop_since_ms + self.config.force_open_ms)
+        if self.failsafe_timeout_ms and not self.failsafe_tripped:
+            found.append(self._fed_ms + self.failsafe_timeout_ms)
+        return found
+
+    def _flow(self, until_ms: int) -> None:
+        """Integrate to `until_ms` (a trapezoid), moving the current along its ramp."""
+        elapsed_ms = until_ms - self.now_ms
+        before_mw = self.power_mw
+        goal_ma = self._current_goal_ma()
+        most_ma = max(1, self.config.ev_ramp_ma_per_s * elapsed_ms // 1000)
+        self.current_ma += max(-most_ma, min(most_ma, goal_ma - self.current_ma))
+        self.energy_uj += (before_mw + self.power_mw) * elapsed_ms // 2
+        self.now_ms = until_ms
+
+    def _current_goal_ma(self) -> int:
+        return min(self.ev_goal_ma, self.config.ev_current_ma_max) if self.contactor_closed else 0
+
+    def _happen(self) -> None:
+        """Everything that is due now."""
+        now_ms = self.now_ms
+        due = self._fed_ms + self.failsafe_timeout_ms
+        if self.failsafe_timeout_ms and not self.failsafe_tripped and now_ms >= due:
+            self._trip()
+        if self._ev_hears_at_ms is not None and now_ms >= self._ev_hears_at_ms:
+            self.ev_goal_ma = self._pilot_ma
+            self._ev_hears_at_ms = None
+        if self._relay_at_ms is not None and now_ms >= self._relay_at_ms:
+            self.contactor_closed = True
+            self._relay_at_ms = None
+        if self._stop_since_ms is not None:
+            forced = now_ms >= self._stop_since_ms + self.config.force_open_ms
+            if (self.current_ma == 0 and self.ev_goal_ma == 0) or forced:
+                self._open_now()
+
+    def _trip(self) -> None:
+        self.failsafe_tripped = True
+        self.failsafe_cut = self._pilot_ma > 0
+        self.offered_ma = min(self.offered_ma, self.failsafe_current_ma)
+        if self.offered_ma < self.config.current_ma_min:
+            self.offered_ma = 0
+            self._open_now()
+        self._pilot_changed()
+
+    def _pilot_changed(self) -> None:
+        """Tell the car what it may draw now; it hears after its lag."""
+        may_draw = self.enabled and not self.locked and self.config.plugged
+        wanted_ma = self.offered_ma if may_draw and self.offered_ma >= self.config.current_ma_min else 0
+        if wanted_ma == self._pilot_ma:
+            return
+        self._pilot_ma = wanted_ma
+        self._ev_hears_at_ms = self.now_ms + self.config.ev_lag_ms
+        if wanted_ma:
+            self._stop_since_ms = None
+            if not self.contactor_closed and self._relay_at_ms is None:
+                self._relay_at_ms = self.now_ms + _RELAY_MS
+        else:
+            self._relay_at_ms = None
+            self._stop_since_ms = self.now_ms if self.contactor_closed else None
+
+    def _open_now(self) -> None:
+        self._stop_since_ms = None
+        self._relay_at_ms = None
+        if self.config.contactor_stuck and self.contactor_closed:
+            return  # the welded relay: everything was commanded, and the current flows on
+        self.contactor_closed = False
+        self.current_ma = 0
