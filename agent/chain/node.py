@@ -203,30 +203,32 @@ class Node(Protocol):
         """Give the connections back. Never raises."""
 
 
-# How nodes word their refusal of a transaction (geth first, then nethermind, erigon, besu, anvil), and our
-# name for it.
-# The order matters: "replacement transaction underpriced" is also "underpriced".
-SEND_REFUSALS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "already_known",
-        ("already known", "already imported", "alreadyknown", "known transaction", "already exists"),
+# How nodes word their refusal of a transaction (geth first, then nethermind, erigon, besu, anvil), by our name for
+# it. The order matters: "replacement transaction underpriced" is also "underpriced".
+SEND_REFUSALS: dict[str, tuple[str, ...]] = {
+    "already_known": (
+        "already known",
+        "already imported",
+        "alreadyknown",
+        "known transaction",
+        "already exists",
     ),
-    ("nonce_too_low", ("nonce too low", "nonce is too low", "oldnonce", "nonce_too_low", "old nonce")),
-    ("nonce_too_high", ("nonce too high", "nonce gap", "too distant", "noncegap")),
-    ("replacement_underpriced", ("replacement", "could not replace", "replacementnotallowed")),
-    (
-        "underpriced",
-        ("underpriced", "less than block base fee", "feetoolow", "gas price below", "too low fee"),
+    "nonce_too_low": ("nonce too low", "nonce is too low", "oldnonce", "nonce_too_low", "old nonce"),
+    "nonce_too_high": ("nonce too high", "nonce gap", "too distant", "noncegap"),
+    "replacement_underpriced": ("replacement", "could not replace", "replacementnotallowed"),
+    "underpriced": ("underpriced", "less than block base fee", "feetoolow", "gas price below"),
+    "unfunded": ("insufficient funds", "insufficient balance", "insufficientfunds", "upfront cost exceeds"),
+    "gas_limit": (
+        "intrinsic gas",
+        "exceeds block gas limit",
+        "gas limit too",
+        "out of gas",
+        "floor data gas",
     ),
-    ("unfunded", ("insufficient funds", "insufficient balance", "insufficientfunds", "upfront cost exceeds")),
-    (
-        "gas_limit",
-        ("intrinsic gas", "exceeds block gas limit", "gas limit too", "out of gas", "floor data gas"),
-    ),
-    ("fee_cap_of_node", ("exceeds the configured cap",)),
-    ("wrong_chain", ("invalid chain id", "invalid sender", "wrong chain", "chainid")),
-    ("pool_full", ("pool is full", "txpool is full", "pool limit")),
-)
+    "fee_cap_of_node": ("exceeds the configured cap",),
+    "wrong_chain": ("invalid chain id", "invalid sender", "wrong chain", "chainid"),
+    "pool_full": ("pool is full", "pool limit"),
+}
 
 
 class Web3Node:
@@ -682,18 +684,10 @@ def _hint(notification: Json) -> Hint:
 
 def _is_range_refusal(error: RpcError) -> bool:
     """Nodes have no common code for it; these words are what they do have in common."""
-    words = (
-        "range",
-        "too many",
-        "more than",
-        "limit",
-        "exceed",
-        "too large",
-        "timeout",
-        "timed out",
-        "response size",
-    )
+    words = ("range", "too many", "more than", "limit", "exceed", "too large", "timeout", "timed out", "size")
     message = error.message.lower()
+    if any(word in message for word in ("rate limit", "request count", "per second", "rate exceeded")):
+        return False  # fewer blocks at a time would only mean more requests
     return any(word in message for word in words)
 
 
@@ -713,7 +707,7 @@ def _revert_data(error: RpcError) -> bytes | None:
 
 def _send_refusal(error: RpcError) -> str:
     message = error.message.lower()
-    for reason, phrases in SEND_REFUSALS:
+    for reason, phrases in SEND_REFUSALS.items():
         if any(phrase in message for phrase in phrases):
             return reason
     return "send_rejected"

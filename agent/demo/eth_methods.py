@@ -233,7 +233,7 @@ def quantity(value: Json) -> int:
     do.
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"not a quantity: {value!r}")
+        raise TypeError(f"not a quantity: {value!r}")
     number = int(value, 16) if isinstance(value, str) else value
     if not 0 <= number < 2**256:
         raise ValueError("quantity out of range")
@@ -253,7 +253,7 @@ def raw(value: Json, length: int | None = None) -> Any:
 def log_filter(query: Json) -> LogFilter:
     """Addresses (one or a list) and topics (None, one, or a list for each place)."""
     if not isinstance(query, dict):
-        raise ValueError("a filter is an object")
+        raise TypeError("a filter is an object")
     address = query.get("address") or []
     addresses = tuple(raw(single, 20) for single in ([address] if isinstance(address, str) else address))
     topics = query.get("topics") or []
@@ -270,7 +270,7 @@ def _topic(topic: Json) -> tuple[bytes, ...] | None:
 
 def _message(fields: Json) -> Message:
     if not isinstance(fields, dict):
-        raise ValueError("a call is an object")
+        raise TypeError("a call is an object")
     return Message(
         sender=raw(fields.get("from") or "0x" + "00" * 20, 20),
         to=raw(fields["to"], 20) if fields.get("to") else None,

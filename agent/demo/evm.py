@@ -251,11 +251,9 @@ class Evm:
         return message.gas_limit
 
     def _run(self, message: Message, block: Mined, at_s: int | None) -> ComputationAPI:
-        header = (
-            block.header
-            if at_s is None
-            else self._chain.create_header_from_parent(block.header, timestamp=at_s)
-        )
+        header = block.header
+        if at_s is not None:
+            header = self._chain.create_header_from_parent(header, timestamp=at_s)
         state = self._chain.get_vm(header.copy(base_fee_per_gas=0)).state  # a call costs nothing
         unsigned = self._chain.create_unsigned_transaction(
             nonce=state.get_nonce(_address(message.sender)),
@@ -265,8 +263,9 @@ class Evm:
             value=message.value_wei,
             data=message.data,
         )
+        spoofed: Any = SpoofTransaction(unsigned, from_=message.sender)
         try:
-            computation = state.apply_transaction(SpoofTransaction(unsigned, from_=message.sender))  # type: ignore[arg-type]
+            computation = state.apply_transaction(spoofed)
         except ValidationError as problem:
             raise Refusal(CODE_REJECTED, _in_words_of_geth(problem)) from problem
         if computation.is_error and isinstance(computation.error, Revert):
