@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -99,13 +99,10 @@ class _Draft:
         )
 
     def _variable(self, key: Key) -> str | None:
-        """The variable that set `key`, or that made the table called so."""
-        made = (
-            name
-            for other, name in self.variables.items()
-            if other[: len(key)] == key and key not in self.lines
-        )
-        return self.variables.get(key) or (next(made, None) if key else None)
+        """The variable that set `key` or a table or list around it, or that made the table called so."""
+        around = (self.variables[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.variables)
+        made = (name for other, name in self.variables.items() if key and other[: len(key)] == key)
+        return next(around, None) or (next(made, None) if key not in self.lines else None)
 
     def _line(self, key: Key) -> int:
         """The line of `key`, else of the nearest table around it."""
@@ -336,12 +333,13 @@ def _leaves(data: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield from _leaves(value, (*key, word))
 
 
-def _get(data: Any, key: Sequence[str | int]) -> Any:
+def _get(data: Any, key: Key) -> Any:
+    """What stands at `key`: a single value stands for the list it should be in; None for nothing."""
     for word in key:
-        try:
+        if isinstance(data, list) and isinstance(word, int) and word < len(data):
             data = data[word]
-        except (KeyError, IndexError, TypeError):
-            return None
+        elif isinstance(data, dict):
+            data = data.get(word)
     return data
 
 

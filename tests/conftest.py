@@ -1,7 +1,8 @@
 """What every test run shares: `--long`, and how hard Hypothesis looks.
 
-By default the examples are the same on every machine and in every run, so that a red line can be seen again; `--long`
-looks further with fresh examples. Helpers that tell stories live beside this file (`story.py`), not in it.
+By default the examples are the same on every machine and in every run, so that a red line can be seen again;
+`--long` looks further with fresh examples. Helpers that tell stories live beside this file (`story.py`), not
+in it.
 """
 
 import pytest
@@ -16,7 +17,9 @@ settings.register_profile(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--long`, which `./run test --long` passes on."""
-    parser.addoption("--long", action="store_true", help="look longer: more examples, more seeds, slower stories")
+    parser.addoption(
+        "--long", action="store_true", help="look longer: more examples, more seeds, slower stories"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
