@@ -92,7 +92,12 @@ class Signer(_KeyHolder):
         """The raw signed transaction, ready to journal and send. `transaction` as eth_account takes it."""
         from eth_account import Account
 
-        return bytes(Account.sign_transaction(dict(transaction), self._private.secret).raw_transaction)
+        try:
+            return bytes(Account.sign_transaction(dict(transaction), self._private.secret).raw_transaction)
+        except (TypeError, ValueError, KeyError) as error:
+            problem = str(error)
+        # Our mistake, so it may crash us; but the library's frames hold the key, so they are left behind.
+        raise ValueError(f"this transaction cannot be signed: {problem}")
 
 
 class MeterSigner(_KeyHolder):
