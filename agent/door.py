@@ -1,8 +1,8 @@
 """Where a consumer meets the agent. Messages come in as bytes with a return address, one message goes back; always, and named.
 
 Order of checks (PROTOCOL section 4), cheap before dear: size -> schema -> rate of this source, then of all -> known session
--> the very same presentation again? same answer -> nonce live -> canonical signature -> recover. The Hello's nonce is used up only
-after the signer is verified, so a stranger cannot burn it. A refusal consumes nothing and delays nobody else's session.
+-> the very same presentation again? same answer -> nonce live -> canonical signature -> recover. The Hello's nonce is used
+up only after the signer is verified, so a stranger cannot burn it. A refusal consumes nothing and delays nobody else's session.
 
 May not know: transports (MQTT, HTTP), disks, the charger's wire. Both transports carry the same messages through one Door.
 """
@@ -42,7 +42,9 @@ from agent.errors import Refused
 HELLO_ROTATE_S = 30  # a photographed QR code is stale soon
 HELLO_LIFETIME_S = 120  # time for a human to unlock a phone and sign
 HELLOS_MAX = 16  # live nonces per port: rotation fills 4; the rest is headroom for used ones
-SOURCES_MAX = 1024  # rate buckets kept; the least recently seen goes first, so memory stays flat under a flood
+SOURCES_MAX = (
+    1024  # rate buckets kept; the least recently seen goes first, so memory stays flat under a flood
+)
 SOURCE_RATE = (10.0, 5.0)  # burst and per second: a receipt per second and retries pass, a flood does not
 GLOBAL_RATE = (200.0, 100.0)  # 100 recoveries a second are under 1 % of a core
 READING_INTERVAL_MS = 500
@@ -121,9 +123,7 @@ class Door:
         typed = rules.ProviderHello(
             self._provider, rules.charger_id(port), self._random_bytes(32), now_s + HELLO_LIFETIME_S
         )
-        hello = Hello(
-            typed.provider, typed.charger_id, typed.nonce, typed.expires_at_s, self._signed(typed)
-        )
+        hello = Hello(typed.provider, typed.charger_id, typed.nonce, typed.expires_at_s, self._signed(typed))
         issued.append(_IssuedHello(hello, now_s))
         del issued[:-HELLOS_MAX]
         return hello
@@ -139,7 +139,7 @@ class Door:
                 raise Refused("malformed", "the return address is not 1-64 printable characters")
             match message:
                 case Present():
-                    return self._present(sref, message, rules.keccak(data))
+                    return self._present(sref, message, rules.presentation_digest(data))
                 case ReceiptMessage():
                     return self._receipt(message)
                 case Stop():
@@ -214,7 +214,7 @@ class Door:
         if session is not None and session.stage in BUSY_STAGES and session.port != port:
             raise Refused("busy", "this session already runs at another charging port")
 
-    def _verified(  # noqa: PLR0913 - everything a presentation is bound to
+    def _verified(
         self, message: Present, terms: Terms, hello: Hello, sref: str, port: str, digest: bytes
     ) -> Presentation:
         """The presentation, if the session's consumer signed it. Raises Refused(bad_signature | wrong_signer | malformed)."""
@@ -277,7 +277,9 @@ class Door:
     def _receipt(self, message: ReceiptMessage) -> Message:
         session, grant = self._session_of(message.session_id)
         if message.delivered_wh <= session.energy_wh_acked:
-            return AckMessage(session.session_id, session.energy_wh_acked)  # costs no recovery: a repeat is cheap
+            return AckMessage(
+                session.session_id, session.energy_wh_acked
+            )  # costs no recovery: a repeat is cheap
         if session.stage in CLOSED:
             return self._final(session)
         if session.settlement is not None:
@@ -421,5 +423,3 @@ class Door:
 
     def _signed(self, typed: TypedMessage) -> bytes:
         return self._signer.sign_digest(rules.digest(self._domain, typed))
-
-

@@ -37,7 +37,9 @@ class Engine:
             started_at_ms=now_ms,
             now_ms=now_ms,
         )
-        self.changed = asyncio.Event()  # replaced at every change: take it, look at the book, then wait for it
+        self.changed = (
+            asyncio.Event()
+        )  # replaced at every change: take it, look at the book, then wait for it
         self.beat_at_ms = now_ms  # when `observe` last ran to its end: the watchdog looks at this
 
     def accept(self, event: Event) -> bool:

@@ -139,15 +139,16 @@ def _locked(path: Path) -> IO[str]:
 
 def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
     if read_only:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        return db
+        return sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
+        )
     existed = path.exists()
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.executescript(_TABLES)
     if not existed:
-        os.chmod(path, 0o600)
+        path.chmod(0o600)
         _sync_directory(path.parent)
     return db
 
@@ -164,7 +165,7 @@ def _sync_directory(directory: Path) -> None:
 # ---- events as JSON
 
 
-def _encoded(value: object) -> Any:  # noqa: ANN401 - JSON
+def _encoded(value: object) -> Any:
     if isinstance(value, bytes):
         return hex0x(value)
     if isinstance(value, Enum):
@@ -192,7 +193,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _decoded(kind: Any, value: Any) -> Any:  # noqa: ANN401 - JSON against a type
+def _decoded(kind: Any, value: Any) -> Any:
     if isinstance(kind, NewType):
         kind = kind.__supertype__
     if get_origin(kind) in (Union, types.UnionType):

@@ -33,6 +33,7 @@ from agent.core.units import Address, BlockHash, SessionId
 
 V = TypeVar("V")
 
+NO_BLOCK = BlockHash(b"")
 PENDING_MAX = 64  # only auctions we won can name us, so this bounds a lying node, not consumers
 
 
@@ -44,7 +45,7 @@ class Book:
     provider: Address
     at_s: int = 0  # newest time in the journal
     scanned_number: int = -1  # every log up to this block is accepted
-    scanned_hash: BlockHash = BlockHash(b"")
+    scanned_hash: BlockHash = NO_BLOCK
     pending: Mapping[SessionId, Terms] = field(default_factory=dict)  # seen, not yet believed
     early: Mapping[SessionId, Presentation] = field(default_factory=dict)  # tokens for pending ones, one each
     sessions: Mapping[SessionId, Session] = field(default_factory=dict)
@@ -60,7 +61,11 @@ class Book:
             == access_token(terms.consumer, terms.provider, terms.issued_at_s, terms.valid_until_s)
             and terms.session_id
             == session_id(
-                self.domain.chain_id, self.domain.contract, terms.consumer, terms.provider, terms.auction_nonce
+                self.domain.chain_id,
+                self.domain.contract,
+                terms.consumer,
+                terms.provider,
+                terms.auction_nonce,
             )
         )
 
@@ -194,7 +199,9 @@ def _without(mapping: Mapping[SessionId, V], sid: SessionId) -> Mapping[SessionI
 
 def _check(book: Book) -> None:
     """What no event may break across sessions."""
-    holders = [s.port for s in book.sessions.values() if s.stage in life.HOLDS_PORT and s.stage is not Stage.ORPHANED]
+    holders = [
+        s.port for s in book.sessions.values() if s.stage in life.HOLDS_PORT and s.stage is not Stage.ORPHANED
+    ]
     assert len(holders) == len(set(holders)), "two sessions hold one port"
 
 
@@ -246,7 +253,7 @@ def _owed_on_chain(session: Session) -> tuple[Effect, ...]:
     if session.stage is not Stage.SETTLING or session.ended is not None:
         return ()
     if session.settlement is None:
-        return (SignSettlement(session.session_id, session.terms.token, session.energy_wh_acked, session.ack),)
-    return (
-        BroadcastSettlement(session.session_id, session.settlement.tx_hash, session.settlement.raw_tx),
-    )
+        return (
+            SignSettlement(session.session_id, session.terms.token, session.energy_wh_acked, session.ack),
+        )
+    return (BroadcastSettlement(session.session_id, session.settlement.tx_hash, session.settlement.raw_tx),)

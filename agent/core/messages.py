@@ -42,7 +42,7 @@ _Codec = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 def _fixed(length: int) -> _Codec:
-    def decode(value: Any) -> bytes:  # noqa: ANN401 - JSON
+    def decode(value: Any) -> bytes:
         if not isinstance(value, str) or len(value) != 2 + 2 * length or not value.startswith("0x"):
             raise Malformed(f"expected 0x and {2 * length} hex digits")
         return _unhex(value)
@@ -60,32 +60,32 @@ def _unhex(value: str) -> bytes:
     return data
 
 
-def _decode_signature(value: Any) -> bytes:  # noqa: ANN401 - JSON
+def _decode_signature(value: Any) -> bytes:
     if not isinstance(value, str) or not value.startswith("0x") or len(value) not in (130, 132):
         raise Malformed("expected a signature of 64 or 65 bytes")
     return _unhex(value)
 
 
-def _decode_public_key(value: Any) -> bytes:  # noqa: ANN401 - JSON
+def _decode_public_key(value: Any) -> bytes:
     if not isinstance(value, str) or not value.startswith("0x") or len(value) not in (68, 130, 132):
         raise Malformed("expected a public key of 33, 64 or 65 bytes")
     return _unhex(value)
 
 
-def _decode_integer(value: Any) -> int:  # noqa: ANN401 - JSON
+def _decode_integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= INTEGER_MAX:
         raise Malformed("expected an integer from 0 to 2^53-1")
     return value
 
 
-def _decode_money(value: Any) -> int:  # noqa: ANN401 - JSON
+def _decode_money(value: Any) -> int:
     if not isinstance(value, str) or not value.isascii() or not value.isdecimal() or len(value) > 78:
         raise Malformed("expected a decimal string")
     return int(value)
 
 
 def _text(length_max: int) -> _Codec:
-    def decode(value: Any) -> str:  # noqa: ANN401 - JSON
+    def decode(value: Any) -> str:
         if not isinstance(value, str) or len(value) > length_max or not value.isprintable():
             raise Malformed(f"expected at most {length_max} printable characters")
         return value
@@ -93,7 +93,7 @@ def _text(length_max: int) -> _Codec:
     return decode, str
 
 
-def _decode_scheme(value: Any) -> str:  # noqa: ANN401 - JSON
+def _decode_scheme(value: Any) -> str:
     if value not in get_args(Scheme):
         raise Malformed(f"scheme must be one of {', '.join(get_args(Scheme))}")
     return str(value)
@@ -334,7 +334,11 @@ def decode(data: bytes) -> Message:
         raise Malformed(f"longer than {MESSAGE_BYTES_MAX} bytes")
     try:
         body = json.loads(
-            data, object_pairs_hook=_object, parse_float=_no_float, parse_constant=_no_float, parse_int=_bounded_int
+            data,
+            object_pairs_hook=_object,
+            parse_float=_no_float,
+            parse_constant=_no_float,
+            parse_int=_bounded_int,
         )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise Malformed("not JSON") from error
@@ -344,7 +348,7 @@ def decode(data: bytes) -> Message:
     if kind is None:
         raise Malformed("unknown type")
     if body.keys() != kind.KEYS.keys():
-        odd = sorted(body.keys() ^ kind.KEYS.keys())[0]
+        odd = min(body.keys() ^ kind.KEYS.keys())
         raise Malformed(f"{kind.TYPE}: key {odd[:32]!r} is missing or not ours")
     return kind(*(from_json(body[key]) for key, (from_json, _) in kind.KEYS.items()))
 
@@ -356,7 +360,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return body
 
 
-def _no_float(text: str) -> Any:  # noqa: ANN401 - never returns
+def _no_float(text: str) -> Any:
     raise Malformed(f"{text[:16]} is not an integer")
 
 

@@ -17,8 +17,10 @@ Pure: events and Live come in, a new Session or the next due event goes out. An 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from agent.core import events as ev
 from agent.core.events import Event, Presentation, StopReason, Terms
@@ -181,6 +183,7 @@ class Session:
     presentation: Presentation | None = None
     accepted_at_s: int = 0
     register_mwh_begin: int | None = None
+    begin_at_s: int = 0
     register_mwh_last: int | None = None  # where the register stood when the contactor was last seen open
     segment_mwh_begin: int | None = None  # where the open segment began; None while no power is offered
     energy_mwh_metered: int = 0  # closed segments
@@ -192,6 +195,7 @@ class Session:
     stop_reason: StopReason | None = None
     stop_detail: str = ""
     register_mwh_end: int | None = None
+    end_at_s: int = 0
     energy_wh_delivered: int | None = None
     end_seen_open: bool | None = None
     closing_at_s: int | None = None
@@ -246,7 +250,7 @@ class Session:
 # ---- what hinders, and what is due
 
 
-def hindrance(session: Session, live: Live) -> Hindrance | None:  # noqa: PLR0911 - rule 2, one line per reason
+def hindrance(session: Session, live: Live) -> Hindrance | None:
     """Why this session may not have power now; None if it may. Ownership of the port is the book's business."""
     port, policy = session.port, live.policy
     reading = None if port is None else live.reading(port)
@@ -284,7 +288,7 @@ def due(session: Session, live: Live, *, port_free: bool) -> Event | None:
     return None if rule is None else rule(session, live, port_free)
 
 
-def _due_matched(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001
+def _due_matched(session: Session, live: Live, port_free: bool) -> Event | None:
     stop = _stop_by_chain_or_time(session, live, StopReason.TIMEOUT)
     if stop is not None:
         return stop
@@ -297,19 +301,21 @@ def _due_matched(session: Session, live: Live, port_free: bool) -> Event | None:
     return ev.SessionAccepted(live.at_s, session.session_id, register_mwh)
 
 
-def _due_authorised(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001, ARG001
+def _due_authorised(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
     stop = _stop_by_chain_or_time(session, live, StopReason.TIMEOUT)
     return stop if stop is not None else _begin(session, live)
 
 
-def _due_delivering(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001, ARG001
+def _due_delivering(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
     assert session.port is not None
     reading = live.reading(session.port)
     if reading is not None and (
         session.energy_mwh(reading) >= energy_mwh(session.order_wh) or live.ports[session.port].at_target
     ):
         return _stop(session, live, StopReason.ENERGY_LIMIT_REACHED, "the order is delivered")
-    stop = _stop_by_chain_or_time(session, live, StopReason.TIME_LIMIT_REACHED) or _stop_by_charger(session, live)
+    stop = _stop_by_chain_or_time(session, live, StopReason.TIME_LIMIT_REACHED) or _stop_by_charger(
+        session, live
+    )
     if stop is not None:
         return stop
     why, register_mwh = hindrance(session, live), live.rest_register_mwh(session.port)
@@ -320,8 +326,10 @@ def _due_delivering(session: Session, live: Live, port_free: bool) -> Event | No
     return None
 
 
-def _due_paused(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001, ARG001
-    stop = _stop_by_chain_or_time(session, live, StopReason.TIME_LIMIT_REACHED) or _stop_by_charger(session, live)
+def _due_paused(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
+    stop = _stop_by_chain_or_time(session, live, StopReason.TIME_LIMIT_REACHED) or _stop_by_charger(
+        session, live
+    )
     if stop is not None:
         return stop
     why = hindrance(session, live)
@@ -330,7 +338,7 @@ def _due_paused(session: Session, live: Live, port_free: bool) -> Event | None: 
     return _begin(session, live)
 
 
-def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001, ARG001
+def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
     assert session.port is not None and session.register_mwh_last is not None  # noqa: PT018
     waited_s = live.at_s - session.stage_at_s
     register_mwh = live.rest_register_mwh(session.port)
@@ -350,7 +358,7 @@ def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None
     return ev.DeliveryEnded(live.at_s, session.session_id, verified, seen_open=False)
 
 
-def _due_orphaned(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: FBT001, ARG001
+def _due_orphaned(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
     if session.segment_mwh_begin is not None and session.port is not None:
         register_mwh = live.rest_register_mwh(session.port)
         if register_mwh is not None:
@@ -360,7 +368,7 @@ def _due_orphaned(session: Session, live: Live, port_free: bool) -> Event | None
     return None
 
 
-_DUE = {
+_DUE: dict[Stage, Callable[[Session, Live, bool], Event | None]] = {
     S.MATCHED: _due_matched,
     S.AUTHORISED: _due_authorised,
     S.DELIVERING: _due_delivering,
@@ -456,13 +464,10 @@ def _token_presented(session: Session, event: ev.TokenPresented) -> Session:
 
 
 def _session_accepted(session: Session, event: ev.SessionAccepted) -> Session:
-    begin = event.register_mwh_begin if session.register_mwh_begin is None else session.register_mwh_begin
+    if session.register_mwh_begin is None:
+        session = replace(session, register_mwh_begin=event.register_mwh_begin, begin_at_s=event.at_s)
     return replace(
-        session,
-        stage=S.AUTHORISED,
-        accepted_at_s=event.at_s,
-        register_mwh_begin=begin,
-        register_mwh_last=event.register_mwh_begin,
+        session, stage=S.AUTHORISED, accepted_at_s=event.at_s, register_mwh_last=event.register_mwh_begin
     )
 
 
@@ -507,7 +512,12 @@ def _with_end_intent(session: Session) -> Session:
 def _delivery_ended(session: Session, event: ev.DeliveryEnded) -> Session:
     closed = _closed_segment(session, event.register_mwh_end)
     return _with_end_intent(
-        replace(closed, register_mwh_end=event.register_mwh_end, end_seen_open=event.seen_open)
+        replace(
+            closed,
+            register_mwh_end=event.register_mwh_end,
+            end_at_s=event.at_s,
+            end_seen_open=event.seen_open,
+        )
     )
 
 
@@ -597,7 +607,7 @@ def _meter_record_signed(session: Session, event: ev.MeterRecordSigned) -> Sessi
     return session if session.record_end else replace(session, record_end=event.ocmf)
 
 
-_APPLY = {
+_APPLY: dict[type[Event], Callable[[Session, Any], Session]] = {
     ev.TokenPresented: _token_presented,
     ev.SessionAccepted: _session_accepted,
     ev.DeliveryBegan: _delivery_began,

@@ -41,11 +41,13 @@ def address_word(address: bytes) -> bytes:
 
 
 def access_token(consumer: Address, provider: Address, issued_at_s: int, valid_until_s: int) -> Token:
-    """The paper's token: keccak256(abi.encodePacked(EVC, EVP, BTS, TV)); 104 bytes in, both times uint256 (paper, Algorithm 2)."""
+    """The paper's token: keccak256(abi.encodePacked(EVC, EVP, BTS, TV)); 104 bytes in, uint256 times (paper, Algorithm 2)."""
     return Token(keccak(consumer + provider + word(issued_at_s) + word(valid_until_s)))
 
 
-def session_id(chain_id: int, contract: Address, consumer: Address, provider: Address, auction_nonce: int) -> SessionId:
+def session_id(
+    chain_id: int, contract: Address, consumer: Address, provider: Address, auction_nonce: int
+) -> SessionId:
     """What receipts bind to: a reorg re-mines `connect` with another timestamp, so another token, but the same session id."""
     head = word(chain_id) + address_word(contract)
     return SessionId(keccak(head + address_word(consumer) + address_word(provider) + word(auction_nonce)))
@@ -138,7 +140,9 @@ class SessionAccept(TypedMessage):
 class MeterReading(TypedMessage):
     """Provider -> consumer, several times a minute: what the meter says. Not money: only receipts are."""
 
-    TYPE: ClassVar[str] = "MeterReading(bytes32 sessionId,uint64 seq,uint64 deliveredWh,uint64 powerW,uint64 at)"
+    TYPE: ClassVar[str] = (
+        "MeterReading(bytes32 sessionId,uint64 seq,uint64 deliveredWh,uint64 powerW,uint64 at)"
+    )
     session_id: SessionId
     seq: int
     delivered_wh: int
@@ -172,7 +176,9 @@ class Ack:
     receipt_signature: bytes
 
 
-NO_ACK = Ack(Token(bytes(32)), ZERO_ADDRESS, 0, 0, bytes(32), b"", b"")  # for ending with 0 Wh, which needs no receipt
+NO_ACK = Ack(
+    Token(bytes(32)), ZERO_ADDRESS, 0, 0, bytes(32), b"", b""
+)  # for ending with 0 Wh, which needs no receipt
 
 
 def _field_word(value: bytes | int) -> bytes:
@@ -186,6 +192,11 @@ def _field_word(value: bytes | int) -> bytes:
 def digest(domain: Domain, message: TypedMessage) -> bytes:
     """The 32 bytes a wallet signs for `message`: keccak256(0x1901, domain, hashStruct) (EIP-712)."""
     return keccak(b"\x19\x01" + domain.separator + message.struct_hash())
+
+
+def presentation_digest(presented: bytes) -> bytes:
+    """Names the exact bytes of a presentation, so that a repeat is known as one."""
+    return keccak(presented)
 
 
 def token_digest_eip191(token: Token) -> bytes:
@@ -249,13 +260,21 @@ def parsed_public_key(encoded: bytes) -> bytes:
     Raises Refused("malformed"). coincurve validates the point; eth_keys would make an address of any 64 bytes.
     """
     try:
-        return coincurve.PublicKey(b"\x04" + encoded if len(encoded) == 64 else encoded).format(compressed=False)
+        return coincurve.PublicKey(b"\x04" + encoded if len(encoded) == 64 else encoded).format(
+            compressed=False
+        )
     except ValueError as error:
         raise Refused("malformed", "the public key is not a point of secp256k1") from error
 
 
-def receipt_signer(  # noqa: PLR0913 - the contract's own argument list
-    domain: Domain, ack: Ack, *, session_id: SessionId, provider: Address, consumer: Address, delivered_wh: int
+def receipt_signer(
+    domain: Domain,
+    ack: Ack,
+    *,
+    session_id: SessionId,
+    provider: Address,
+    consumer: Address,
+    delivered_wh: int,
 ) -> Address:
     """Who vouches for `delivered_wh`, checked exactly as the contract does: the consumer, or the key it granted.
 
@@ -268,7 +287,10 @@ def receipt_signer(  # noqa: PLR0913 - the contract's own argument list
             raise Refused("wrong_signer", "the receipt is not signed by the consumer")
         return signer
     if delivered_wh > ack.max_energy_wh:
-        raise Refused("over_grant", f"{delivered_wh} Wh is above the {ack.max_energy_wh} Wh the session key may sign for")
+        raise Refused(
+            "over_grant",
+            f"{delivered_wh} Wh is above the {ack.max_energy_wh} Wh the session key may sign for",
+        )
     if signer != ack.session_key:
         raise Refused("wrong_signer", "the receipt is not signed by the granted session key")
     grant = PresentToken(
@@ -279,7 +301,7 @@ def receipt_signer(  # noqa: PLR0913 - the contract's own argument list
     return signer
 
 
-def is_receipt_valid(  # noqa: PLR0913 - the contract's own argument list
+def is_receipt_valid(
     domain: Domain,
     ack: Ack,
     *,
@@ -294,7 +316,12 @@ def is_receipt_valid(  # noqa: PLR0913 - the contract's own argument list
         return False
     try:
         receipt_signer(
-            domain, ack, session_id=session_id, provider=provider, consumer=consumer, delivered_wh=delivered_wh
+            domain,
+            ack,
+            session_id=session_id,
+            provider=provider,
+            consumer=consumer,
+            delivered_wh=delivered_wh,
         )
     except Refused:
         return False

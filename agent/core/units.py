@@ -22,7 +22,7 @@ WH_PER_KWH = 1000
 
 
 def cost_wei_floor(rate_wei_per_kwh: int, energy_wh: int) -> int:
-    """What is paid for `energy_wh`: floor(rate * Wh / 1000). Equal to the contract's rounding when paying (PROTOCOL section 1)."""
+    """What is paid for `energy_wh`: floor(rate * Wh / 1000). The contract's rounding when paying (PROTOCOL section 1)."""
     return rate_wei_per_kwh * energy_wh // WH_PER_KWH
 
 

@@ -1,0 +1,323 @@
+"""The composition root: builds every port, hands each to its runner, runs them in one TaskGroup, stops them in order.
+
+Order of a start (rule 9): journal (and its lock) -> chargers, held -> keys -> node, contract code, operator -> door -> runners.
+Order of a stop: signal -> runners cancelled -> chargers held -> wires, node and journal given back. A failed start ends so too.
+
+This is the only file of the daemon that knows everybody; no decision about a session is made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from agent.chain import contract
+from agent.chain.node import Node, Web3Node, check_deployment
+from agent.chain.sender import Sender
+from agent.config import AgentConfig, PortConfig
+from agent.core.live import Beat, Policy
+from agent.core.record import MeterIdentity
+from agent.core.token import Domain
+from agent.core.units import Address, hex0x, short
+from agent.door import Door
+from agent.engine import Engine
+from agent.errors import AgentError, Misconfigured, Transient
+from agent.journal import Journal
+from agent.keys import (
+    MeterSigner,
+    Signer,
+    load_meter_signer,
+    load_password,
+    load_signer,
+    require_different_keys,
+)
+from agent.runners.chain_send import ChainSend
+from agent.runners.chain_watch import ChainWatch, WatchSettings
+from agent.runners.charger import ChargerRunner
+from agent.runners.http import HttpRunner
+from agent.runners.mqtt import MqttRunner, MqttSettings
+from agent.runners.systemd import SystemdRunner
+from contracts import load_artefact
+from firmware_bridge.charger import BridgeError, Charger, Identity, MapError
+from firmware_bridge.mapped_charger import ChargerConfig, MeterConfig, open_charger
+from firmware_bridge.stopping import StopModel
+
+ENGINE_BEAT_S = 0.25  # time makes events due too; 4 Hz keeps every deadline within a quarter second
+SLEEP_S_MAX = 1.0  # a suspend, not the difference between two clock reads
+HOLD_ON_EXIT_S = 3.0  # a charger that does not answer by then is left to its own failsafe
+
+log = structlog.get_logger(__name__)
+
+
+def monotonic_ms() -> int:
+    """Monotonic milliseconds of the running loop: the clock of readings, headers and deadlines."""
+    return int(asyncio.get_running_loop().time() * 1000)
+
+
+def _slept_s() -> float:
+    """How long this computer has slept since it booted. The loop's clock stands still meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+@dataclass(frozen=True, slots=True)
+class _Port:
+    config: PortConfig
+    charger: Charger
+    identity: Identity
+
+
+async def run(config: AgentConfig, environ: Mapping[str, str] = os.environ) -> None:
+    """Run the agent until SIGTERM or SIGINT. Raises `AgentError` when it cannot start or must not go on."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with AsyncExitStack() as stack:
+            await _start(config, environ, stack, stop)
+    except* AgentError as group:
+        raise _first_of(group) from group
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _first_of(group: BaseExceptionGroup[AgentError]) -> AgentError:
+    """The error to show: what a human must mend goes before what waiting may mend."""
+    leaves: list[AgentError] = []
+    queue: list[BaseException] = [group]
+    while queue:
+        error = queue.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            queue += error.exceptions
+        elif isinstance(error, AgentError):
+            leaves.append(error)
+    return min(leaves, key=lambda error: not isinstance(error, Misconfigured))
+
+
+async def _start(
+    config: AgentConfig, environ: Mapping[str, str], stack: AsyncExitStack, stop: asyncio.Event
+) -> None:
+    domain = Domain(config.chain.chain_id, Address(config.chain.contract))
+    provider = Address(config.chain.provider)
+    journal = Journal(config.journal.path, domain, provider)
+    stack.callback(journal.close)
+    ports = [await stack.enter_async_context(_charger(port)) for port in config.ports]
+    signer = load_signer(config.keys.operator, config.keys.operator_password, environ=environ)
+    meter_signer = load_meter_signer(config.keys.meter, config.keys.meter_password, environ=environ)
+    require_different_keys(signer, meter_signer)
+    node = await stack.enter_async_context(_node(config))
+    grace_s = await _check_market(node, config, signer)
+    engine = Engine(journal, _policy(config, grace_s), monotonic_ms)
+    door = Door(engine, domain, provider, signer, tuple(p.config.name for p in ports), os.urandom)
+    runners = _runners(config, environ, engine, door, node, signer, meter_signer, ports)
+    log.info("agent.started", provider=short(provider), ports=[p.config.name for p in ports])
+    await _run_until(stop, engine, runners)
+    log.info("agent.stopping")
+
+
+async def _run_until(stop: asyncio.Event, engine: Engine, runners: Sequence[_Runner]) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(runner.run(), name=type(runner).__name__) for runner in runners]
+        tasks.append(group.create_task(_engine_beat(engine), name="engine"))
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+
+
+class _Runner(Protocol):
+    async def run(self) -> None:
+        """Until cancelled."""
+
+
+async def _engine_beat(engine: Engine) -> None:
+    """Time makes events due too. After a sleep every age we know is too young: start anew, charger first."""
+    slept_s = _slept_s()
+    while True:
+        if _slept_s() - slept_s > SLEEP_S_MAX:
+            raise Transient(
+                "the computer slept; what it knew of chain and charger is stale", remedy="starting anew"
+            )
+        engine.observe(Beat())
+        await asyncio.sleep(ENGINE_BEAT_S)
+
+
+# ---- the charger
+
+
+@asynccontextmanager
+async def _charger(port: PortConfig) -> AsyncIterator[_Port]:
+    """A charger that answers and is held; held again, and its wire given back, at the end."""
+    try:
+        charger = await open_charger(_charger_config(port))
+    except MapError as error:
+        raise Misconfigured(str(error), remedy=f"correct [[ports]] {port.name}") from error
+    except BridgeError as error:
+        raise _unreachable(port, error) from error
+    try:
+        try:
+            await charger.hold()
+            identity = await charger.identify()
+        except BridgeError as error:
+            raise _unreachable(port, error) from error
+        yield _Port(port, charger, identity)
+    finally:
+        with suppress(BridgeError, TimeoutError):
+            async with asyncio.timeout(HOLD_ON_EXIT_S):
+                await charger.hold()
+        await charger.close()
+
+
+def _charger_config(port: PortConfig) -> ChargerConfig:
+    meter = None
+    if port.meter is not None:
+        meter = MeterConfig(map=port.meter.map, wire=port.meter.wire, device_id=port.meter.device_id)
+    return ChargerConfig(
+        map=port.map,
+        wire=port.wire,
+        device_id=port.device_id,
+        current_ma_max=port.current_ma_max,
+        phase_count=port.phase_count,
+        failsafe_timeout_s=port.failsafe_timeout_s,
+        external_cut_off=port.external_cut_off,
+        meter=meter,
+    )
+
+
+def _unreachable(port: PortConfig, error: BridgeError) -> Transient:
+    return Transient(
+        f"the charger of port {port.name} at {port.wire} does not answer ({error})",
+        remedy="check power, wiring and device id; `v2v charger read` shows what answers",
+    )
+
+
+# ---- the chain
+
+
+@asynccontextmanager
+async def _node(config: AgentConfig) -> AsyncIterator[Node]:
+    requests = next((url for url in config.chain.urls if url.startswith("http")), "")
+    watch = next((url for url in config.chain.urls if url.startswith("ws")), "")
+    if not watch:
+        raise Misconfigured(
+            "[chain] urls has no ws:// or wss:// address",
+            remedy="events are followed over a WebSocket; add one",
+        )
+    node = Web3Node(watch, requests)
+    try:
+        yield node
+    finally:
+        await node.close()
+
+
+async def _check_market(node: Node, config: AgentConfig, signer: Signer) -> int:
+    """Right chain, our code, a key that may settle. Returns the market's grace in seconds."""
+    address, provider = Address(config.chain.contract), Address(config.chain.provider)
+    await check_deployment(node, config.chain.chain_id, address, load_artefact())
+    if signer.address != provider:
+        operator = contract.decode_operator_of(
+            await node.call(address, contract.encode_operator_of(provider))
+        )
+        if operator.operator != signer.address:
+            raise Misconfigured(
+                f"the operator key {short(signer.address)} may not act for {short(provider)}",
+                remedy=f"the owner runs once: v2v provider set-operator {hex0x(signer.address)}",
+            )
+    if await node.balance(signer.address) == 0:
+        raise Misconfigured(
+            f"the operator key {hex0x(signer.address)} has no coins for gas: it could deliver and never settle",
+            remedy="send it a little; a settlement takes under 100 000 gas",
+        )
+    parameters = contract.decode_parameters(await node.call(address, contract.encode_parameters()))
+    return parameters.grace_s
+
+
+# ---- everything else
+
+
+def _policy(config: AgentConfig, grace_s: int) -> Policy:
+    wanted = config.policy
+    unacked_wh = {port.name: wanted.max_unacked_wh_at(_power_w_max(port)) for port in config.ports}
+    return Policy(
+        max_unacked_wh=unacked_wh,
+        max_unfinal_wh=wanted.max_unfinal_wh,
+        max_view_age_s=config.chain.max_view_age_s,
+        validity_margin_s=wanted.validity_margin_s,
+        final_receipt_wait_s=wanted.final_receipt_wait_s,
+        receipt_timeout_s=wanted.receipt_timeout_s,
+        stop_deadline_s=wanted.stop_deadline_s,
+        grace_s=grace_s,
+        soc_permille_reserve=wanted.battery_reserve_permille,
+    )
+
+
+def _power_w_max(port: PortConfig) -> int:
+    return _charger_config(port).power_w_max
+
+
+def _runners(
+    config: AgentConfig,
+    environ: Mapping[str, str],
+    engine: Engine,
+    door: Door,
+    node: Node,
+    signer: Signer,
+    meter_signer: MeterSigner,
+    ports: Sequence[_Port],
+) -> list[_Runner]:
+    domain, provider = (
+        Domain(config.chain.chain_id, Address(config.chain.contract)),
+        Address(config.chain.provider),
+    )
+    settings = WatchSettings(config.chain.start_block, config.chain.confirmations, config.chain.finality)
+    sender = Sender(node, signer, config.chain.chain_id, revert_name=contract.revert_name)
+    chargers = [_charger_runner(engine, port, meter_signer) for port in ports]
+    runners: list[_Runner] = [
+        *chargers,
+        ChainWatch(engine, node, domain, provider, settings, time.monotonic),
+        ChainSend(engine, node, sender, domain.contract),
+        SystemdRunner(engine, environ, lambda: [charger.beat_at_ms for charger in chargers], monotonic_ms),
+    ]
+    if config.mqtt is not None:
+        runners.append(MqttRunner(engine, door, provider, _mqtt_settings(config, environ)))
+    if config.http.enabled:
+        runners.append(HttpRunner(engine, door, config.http.host, config.http.port))
+    return runners
+
+
+def _charger_runner(engine: Engine, port: _Port, meter_signer: MeterSigner) -> ChargerRunner:
+    identity = port.identity
+    return ChargerRunner(
+        engine,
+        port.config.name,
+        port.charger,
+        failsafe_timeout_s=port.config.failsafe_timeout_s,
+        stop_model=StopModel(ev_lag_ms=port.config.ev_lag_ms, ramp_ma_per_s=port.config.ev_ramp_ma_per_s),
+        meter=MeterIdentity(identity.maker, identity.model, identity.serial, identity.firmware),
+        meter_signer=meter_signer,
+        monotonic_ms=monotonic_ms,
+    )
+
+
+def _mqtt_settings(config: AgentConfig, environ: Mapping[str, str]) -> MqttSettings:
+    mqtt = config.mqtt
+    assert mqtt is not None
+    password = None
+    if mqtt.password_credential is not None:
+        password = load_password(mqtt.password_credential, environ=environ)
+    return MqttSettings(
+        host=mqtt.host,
+        port=mqtt.port,
+        username=mqtt.username,
+        password=password,
+        keepalive_s=mqtt.keepalive_s,
+        tls=mqtt.tls,
+    )

@@ -1,0 +1,176 @@
+"""The only holder of the Sender: owed transactions become signed, journaled, then broadcast. In this order, always (rule 6).
+
+Rules
+* `SignSettlement` is owed -> prepare and sign, accept `SettlementSigned`. Only then is `BroadcastSettlement` owed.
+* The same bytes are sent again with every new head until the chain shows them; a slow one is replaced: same nonce, higher fees,
+  journaled first. So exactly one settlement per session can be mined.
+* A settlement that would revert is not sent; the reason is logged and asked again later (the consumer may have ended meanwhile).
+
+May not know: how logs become events, the charger, the door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from agent.chain import contract
+from agent.chain.node import Node, Receipt
+from agent.chain.sender import Sender, SignedTx
+from agent.core import events as ev
+from agent.core.effects import BroadcastSettlement, SignSettlement
+from agent.core.session import Session
+from agent.core.units import Address, SessionId, TxHash, cost_wei_floor, hex0x, short
+from agent.engine import Engine
+from agent.errors import Refused, Transient
+
+BEAT_S = 1.0  # how often owed transactions are looked at without a wake-up
+RETRY_S = 5.0  # after a refusal or a lost node: the same question too often is a denial of our own node
+REPLACE_AFTER_S = 45  # not mined by then (some blocks): pay more
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What this life of the agent has done about one settlement; losing it in a crash costs one repeated broadcast."""
+
+    tx_hash: TxHash
+    since_s: int
+    head_number: int
+
+
+class ChainSend:
+    """Sends settlements."""
+
+    def __init__(self, engine: Engine, node: Node, sender: Sender, contract_address: Address) -> None:
+        self._engine, self._node, self._sender, self._contract = engine, node, sender, contract_address
+        self._sent: dict[SessionId, _Sent] = {}
+
+    async def run(self) -> None:
+        """For ever: do what is owed on chain."""
+        while True:
+            changed = self._engine.changed
+            try:
+                await self.do_owed()
+                wait_s = BEAT_S
+            except (Transient, Refused) as error:
+                log.warning("settlement.delayed", error=str(error))
+                wait_s = RETRY_S
+                await asyncio.sleep(wait_s)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+    async def do_owed(self) -> None:
+        """One round. Raises Transient or Refused; what was already signed stays owed."""
+        for effect in self._engine.owed():
+            match effect:
+                case SignSettlement():
+                    await self._sign(effect)
+                case BroadcastSettlement():
+                    await self._broadcast(effect)
+
+    async def _sign(self, effect: SignSettlement) -> None:
+        session = self._engine.book.sessions[effect.session_id]
+        data = contract.encode_end_connection(effect.token, effect.energy_wh, effect.ack)
+        nonce = await self._next_nonce()
+        signed = await self._sender.prepare(
+            self._contract, data, nonce=nonce, cost_wei_max=_stake_wei(session)
+        )
+        # No await between here and the journal; but the book may have moved while we asked the node for fees.
+        if effect in self._engine.owed():
+            self._journal(effect.session_id, effect.energy_wh, signed)
+
+    async def _next_nonce(self) -> int:
+        """The next one that neither the chain nor a journaled, not yet ended settlement of ours has taken."""
+        mined = await self._node.nonce(self._sender.address)
+        taken = [s.settlement.nonce for s in self._engine.book.open_sessions() if s.settlement is not None]
+        return max([mined, *(nonce + 1 for nonce in taken)])
+
+    def _journal(self, session_id: SessionId, energy_wh: int, signed: SignedTx) -> None:
+        self._engine.accept(
+            ev.SettlementSigned(
+                self._engine.at_s,
+                session_id,
+                energy_wh,
+                signed.nonce,
+                signed.tx_hash,
+                signed.raw_tx,
+                signed.max_fee_per_gas_wei,
+                signed.max_priority_fee_per_gas_wei,
+            )
+        )
+        log.info(
+            "settlement.signed", session=short(session_id), energy_wh=energy_wh, tx=hex0x(signed.tx_hash)
+        )
+
+    async def _broadcast(self, effect: BroadcastSettlement) -> None:
+        header = self._engine.live.header
+        if header is None:
+            return  # without a view we cannot know whether it is mined already
+        sent = self._sent.get(effect.session_id)
+        if sent is not None and sent.tx_hash == effect.tx_hash and sent.head_number == header.number:
+            return  # once per head is enough
+        receipt = await self._node.receipt(effect.tx_hash)
+        if receipt is not None:
+            if not receipt.succeeded:
+                await self._reverted(effect, receipt)
+            return  # mined: the watcher tells the rest
+        since_s = sent.since_s if sent is not None and sent.tx_hash == effect.tx_hash else self._engine.at_s
+        self._sent[effect.session_id] = _Sent(effect.tx_hash, since_s, header.number)
+        if self._engine.at_s - since_s >= REPLACE_AFTER_S:
+            await self._replace(effect.session_id)
+            return
+        try:
+            await self._sender.broadcast(effect.raw_tx)
+        except Refused as refusal:
+            if refusal.reason == "nonce_too_low":
+                await self._nonce_taken(effect)
+            elif refusal.reason != "already_known":
+                raise
+
+    async def _reverted(self, effect: BroadcastSettlement, receipt: Receipt) -> None:
+        why = await self._sender.why_failed(SignedTx.from_raw(effect.raw_tx), receipt)
+        log.error("settlement.reverted", session=short(effect.session_id), error=why.reason)
+        self._engine.accept(
+            ev.SettlementReverted(self._engine.at_s, effect.session_id, effect.tx_hash, why.reason[:200])
+        )
+
+    async def _nonce_taken(self, effect: BroadcastSettlement) -> None:
+        """Somebody else used our nonce (or an earlier replacement was mined): sign again, unless it is mined after all."""
+        if await self._node.receipt(effect.tx_hash) is not None:
+            return
+        session = self._engine.book.sessions[effect.session_id]
+        state = contract.decode_sessions(
+            await self._node.call(self._contract, contract.encode_sessions(session.terms.token))
+        )
+        if not state.is_open:
+            return  # settled by another of our transactions or by the consumer; the watcher will see it
+        log.warning("settlement.nonce_taken", session=short(effect.session_id))
+        data = contract.encode_end_connection(session.terms.token, session.energy_wh_acked, session.ack)
+        nonce = await self._node.nonce(self._sender.address, pending=True)
+        signed = await self._sender.prepare(
+            self._contract, data, nonce=nonce, cost_wei_max=_stake_wei(session)
+        )
+        self._journal(effect.session_id, session.energy_wh_acked, signed)
+
+    async def _replace(self, session_id: SessionId) -> None:
+        session = self._engine.book.sessions[session_id]
+        assert session.settlement is not None
+        signed = SignedTx.from_raw(session.settlement.raw_tx)
+        replaced = await self._sender.replacement(signed, cost_wei_max=_stake_wei(session))
+        log.info(
+            "settlement.replaced", session=short(session_id), max_fee_per_gas_wei=replaced.max_fee_per_gas_wei
+        )
+        self._journal(session_id, session.settlement.energy_wh_settled, replaced)
+
+
+def _stake_wei(session: Session) -> int:
+    """What this settlement is worth to us: its fee and our bond. More gas than that is not worth sending (PROTOCOL section 7)."""
+    terms = session.terms
+    return cost_wei_floor(terms.rate_wei_per_kwh, session.energy_wh_acked) + terms.bond_wei

@@ -1,0 +1,198 @@
+"""Owed Deliver/Hold becomes a set point every beat; readings feed Live; meter records get signed.
+
+The one place where core and bridge meet.
+
+Rules
+* One beat: read, report, ask what is owed now, act. The failsafe is fed only by acting on a fresh `Deliver`: if this loop hangs, or
+* Before the first beat, and after every lost wire, the charger is held and its failsafe armed and read back (rules 2, 9).
+* When to taper and stop inside an order is `firmware_bridge.stopping`'s decision; whether to deliver at all is the core's.
+* A stop that is not seen obeyed is repeated more firmly (rule 8): the core says how firmly, this runner says for how long.
+
+May not know: Ethereum, the consumer, other ports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from agent.core import events as ev
+from agent.core import record
+from agent.core.effects import Deliver, Firmness, Hold, SignMeterRecord
+from agent.core.live import PortLost, PortRead, PortReading
+from agent.engine import Engine
+from firmware_bridge.charger import BridgeError, Charger, Reading
+from firmware_bridge.stopping import Plan, StopModel, StopPlanner
+
+RECONNECT_S = (0.2, 2.0)  # first and longest wait after a wire error: short, because power may be flowing
+NO_PLAN = Plan(current_ma=0, stop_at_ms=None, reached=False)
+LATE_BEATS_MAX = 3  # a beat this late starts a new schedule instead of hurrying after the old one
+
+log = structlog.get_logger(__name__)
+
+
+class MeterSigner(Protocol):
+    """The meter key, as keys.py hands it out."""
+
+    def sign_sha256(self, payload: bytes) -> bytes:
+        """DER signature over SHA-256 of the payload."""
+
+
+class ChargerRunner:
+    """Drives one charging port."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        port: str,
+        charger: Charger,
+        *,
+        failsafe_timeout_s: int,
+        stop_model: StopModel,
+        meter: record.MeterIdentity,
+        meter_signer: MeterSigner,
+        monotonic_ms: Callable[[], int],
+    ) -> None:
+        self._engine, self._port, self._charger = engine, port, charger
+        self._failsafe_timeout_s = failsafe_timeout_s
+        self._meter, self._meter_signer, self._monotonic_ms = meter, meter_signer, monotonic_ms
+        self._stop_model = stop_model
+        self._planner = StopPlanner(charger.limits, stop_model)
+        self._plan = NO_PLAN
+        self._armed = False
+        self._held_since_ms: int | None = None  # since when a stop is commanded and not seen obeyed
+        self.beat_at_ms = monotonic_ms()  # the newest complete good beat: the watchdog looks at this
+
+    async def make_safe(self) -> None:
+        """Power off, before anything else. Raises BridgeError when the charger cannot be reached."""
+        await self._charger.hold()
+
+    async def run(self) -> None:
+        """For ever: beat. A wire error ends the beat, never the loop."""
+        wait_s = RECONNECT_S[0]
+        interval_s = self._charger.limits.poll_interval_ms / 1000
+        loop = asyncio.get_running_loop()
+        next_s = loop.time()
+        while True:
+            try:
+                await self._beat()
+                wait_s = RECONNECT_S[0]
+            except BridgeError as error:
+                log.warning("charger.lost", port=self._port, error=str(error))
+                self._armed = False
+                self._engine.observe(PortLost(self._port))
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, RECONNECT_S[1])
+            next_s = max(next_s + interval_s, loop.time() - LATE_BEATS_MAX * interval_s)
+            await asyncio.sleep(max(0.0, min(next_s, self._stop_at_s(loop)) - loop.time()))
+
+    def _stop_at_s(self, loop: asyncio.AbstractEventLoop) -> float:
+        """When the stop schedule wants to act, on the loop's clock: it does not wait for the poll grid."""
+        if self._plan.stop_at_ms is None:
+            return float("inf")
+        return loop.time() + (self._plan.stop_at_ms - self._monotonic_ms()) / 1000
+
+    async def _beat(self) -> None:
+        reading = await self._charger.read()
+        self._planner.observe(reading)
+        if not self._armed and self._may_arm():
+            await self._charger.arm(self._failsafe_timeout_s)
+            self._armed = True
+        self._report(reading)
+        self._sign_records()
+        await self._act()
+        self.beat_at_ms = self._monotonic_ms()
+
+    def _may_arm(self) -> bool:
+        """Arming also unlocks the device, so a port that is locked out, or still being stopped firmly, stays unarmed."""
+        effect = self._owed()
+        return not (isinstance(effect, Hold) and effect.firmness is not Firmness.HOLD)
+
+    def _owed(self) -> Deliver | Hold:
+        for effect in self._engine.owed():
+            if isinstance(effect, Deliver | Hold) and effect.port == self._port:
+                return effect
+        raise AssertionError(f"nothing owed on {self._port}")
+
+    async def _act(self) -> None:
+        effect = self._owed()
+        match effect:
+            case Deliver() if self._armed:
+                await self._deliver(effect)
+            case Hold(firmness=firmness):
+                self._plan, self._planner = NO_PLAN, StopPlanner(self._charger.limits, self._stop_model)
+                await self._stop(firmness)
+            case _:
+                await self._stop(Firmness.HOLD)
+
+    async def _deliver(self, effect: Deliver) -> None:
+        limits = self._charger.limits
+        self._plan = self._planner.plan(self._monotonic_ms(), effect.register_mwh_stop, limits.current_ma_max)
+        if self._plan.current_ma == 0:
+            await self._stop(Firmness.HOLD)
+            return
+        self._held_since_ms = None
+        await self._charger.set_limit(current_ma=self._plan.current_ma)
+
+    async def _stop(self, firmness: Firmness) -> None:
+        if self._held_since_ms is None:
+            self._held_since_ms = self._monotonic_ms()
+        try:
+            await self._charger.hold()
+        except BridgeError as error:
+            if error.name != "hold_not_obeyed":
+                raise
+            # Go on reading: held_ms grows, and the core then asks for more firmness.
+            log.warning("charger.hold_not_obeyed", port=self._port, error=str(error))
+        if firmness is Firmness.HOLD:
+            return
+        self._armed = False
+        await self._charger.lock()
+        if firmness is Firmness.CUT_OFF:
+            log.error("charger.cut_off", port=self._port)
+            await self._charger.cut_off()
+
+    def _report(self, reading: Reading) -> None:
+        now_ms = self._monotonic_ms()
+        if reading.seen_open and self._held_since_ms is not None:
+            self._held_since_ms = now_ms  # obeyed; from now on any flow counts anew
+        held_ms = 0 if self._held_since_ms is None else now_ms - self._held_since_ms
+        self._engine.observe(
+            PortRead(
+                self._port,
+                _core_reading(reading),
+                armed=self._armed,
+                at_target=self._plan.reached,
+                held_ms=held_ms,
+            )
+        )
+
+    def _sign_records(self) -> None:
+        for effect in self._engine.owed():
+            if isinstance(effect, SignMeterRecord):
+                session = self._engine.book.sessions[effect.session_id]
+                if session.port != self._port:
+                    continue
+                payload = record.payload(session, effect.moment, effect.pagination, self._meter)
+                signed = record.record(payload, self._meter_signer.sign_sha256(payload.encode()))
+                self._engine.accept(
+                    ev.MeterRecordSigned(self._engine.at_s, effect.session_id, effect.moment, signed)
+                )
+                return  # one per beat: the next one's pagination depends on this one
+
+
+def _core_reading(reading: Reading) -> PortReading:
+    return PortReading(
+        at_ms=reading.at_ms,
+        register_mwh=reading.register_mwh,
+        power_w=reading.power_w,
+        pilot_state=reading.pilot_state,
+        seen_open=reading.seen_open,
+        fault=reading.fault,
+        soc_permille=reading.soc_permille,
+        current_ma=reading.current_ma,
+        voltage_mv=reading.voltage_mv,
+    )
