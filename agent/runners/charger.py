@@ -3,7 +3,8 @@
 The one place where core and bridge meet.
 
 Rules
-* One beat: read, report, ask what is owed now, act. The failsafe is fed only by acting on a fresh `Deliver`: if this loop hangs, or
+* One beat: read, report, ask what is owed now, act. The failsafe is fed only by acting on a fresh `Deliver`: if this loop hangs,
+  or the engine stops owing power, the charger falls to 0 A by itself.
 * Before the first beat, and after every lost wire, the charger is held and its failsafe armed and read back (rules 2, 9).
 * When to taper and stop inside an order is `firmware_bridge.stopping`'s decision; whether to deliver at all is the core's.
 * A stop that is not seen obeyed is repeated more firmly (rule 8): the core says how firmly, this runner says for how long.
