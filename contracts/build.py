@@ -1,0 +1,122 @@
+"""Builds the checked-in artefact `V2VCharging.json` from the sources: `python -m contracts.build [--check]`.
+
+Needs node and `npm ci` in this folder; nothing else in the house does. The artefact is byte for byte reproducible: the
+compiler is pinned by `package-lock.json`, the settings come from `foundry.toml`, and no metadata is appended.
+`--check` rebuilds, compares and writes nothing; it exits 1 when the checked-in file is stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONTRACT = "V2VCharging"
+ARTEFACT = HERE / f"{CONTRACT}.json"
+COMPILER = HERE / "tools" / "solc"
+COMPILE_SECONDS_MAX = 180  # the WebAssembly compiler takes about 5 s; this stops a hung node
+
+
+class BuildError(Exception):
+    """The artefact cannot be built here; the message says what to do."""
+
+
+def compiler_settings() -> dict[str, Any]:
+    """The compiler settings of `foundry.toml`, in the compiler's own words (Solidity "standard JSON")."""
+    profile = tomllib.loads((HERE / "foundry.toml").read_text())["profile"]["default"]
+    return {
+        "remappings": profile["remappings"],
+        "optimizer": {"enabled": profile["optimizer"], "runs": profile["optimizer_runs"]},
+        "viaIR": profile["via_ir"],
+        "evmVersion": profile["evm_version"],
+        "metadata": {"bytecodeHash": profile["bytecode_hash"], "appendCBOR": profile["cbor_metadata"]},
+    }
+
+
+def compiled(sources: dict[str, str], settings: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+    """Compile `{path: text}`; imports are read from this folder and its node_modules. Returns the compiler's output.
+
+    Raises BuildError with the compiler's own words, or with the remedy when node or the packages are missing.
+    """
+    request = {
+        "language": "Solidity",
+        "sources": {path: {"content": text} for path, text in sources.items()},
+        "settings": settings | {"outputSelection": {"*": {"*": outputs}}},
+    }
+    try:
+        run = subprocess.run(  # noqa: S603 - our own tool, no shell
+            [str(COMPILER), "--standard-json"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS_MAX,
+            check=False,
+        )
+    except OSError as error:
+        raise BuildError(f"cannot start {COMPILER}: {error}; install node 20 or newer") from error
+    if run.returncode != 0:
+        raise BuildError(f"the compiler did not run; try `npm ci` in {HERE.name}/\n{run.stderr.strip()}")
+    output: dict[str, Any] = json.loads(run.stdout)
+    faults = [fault["formattedMessage"] for fault in output.get("errors", []) if fault["severity"] != "info"]
+    if faults:
+        raise BuildError("\n".join(faults))
+    return output
+
+
+def source_texts() -> dict[str, str]:
+    """Our own sources by their path in this folder; libraries are pinned by the lock file instead."""
+    return {f"src/{path.name}": path.read_text() for path in sorted((HERE / "src").glob("*.sol"))}
+
+
+def build() -> str:
+    """The text of the artefact. Raises BuildError."""
+    sources = source_texts()
+    settings = compiler_settings()
+    outputs = ["abi", "evm.bytecode.object", "evm.deployedBytecode", "storageLayout", "metadata"]
+    contract = compiled(sources, settings, outputs)["contracts"][f"src/{CONTRACT}.sol"][CONTRACT]
+    deployed = contract["evm"]["deployedBytecode"]
+    artefact = {
+        "contract": CONTRACT,
+        "compiler": json.loads(contract["metadata"])["compiler"]["version"],
+        "settings": settings,
+        "sources_sha256": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in sources.items()},
+        "abi": contract["abi"],
+        "bytecode": "0x" + contract["evm"]["bytecode"]["object"],
+        "deployedBytecode": "0x" + deployed["object"],
+        "immutableReferences": sorted(
+            (place for places in deployed["immutableReferences"].values() for place in places),
+            key=lambda place: place["start"],
+        ),
+        "storageLayout": [
+            {"slot": int(item["slot"]), "offset": item["offset"], "label": item["label"], "type": item["type"]}
+            for item in contract["storageLayout"]["storage"]
+        ],
+    }
+    return json.dumps(artefact, indent=1) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """0: written, or equal with `--check`. 1: stale, or it could not be built. 2: usage."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python -m contracts.build [--check]", file=sys.stderr)
+        return 2
+    try:
+        text = build()
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not arguments:
+        ARTEFACT.write_text(text)
+    elif not ARTEFACT.exists() or ARTEFACT.read_text() != text:
+        print(f"{ARTEFACT.name} is stale; run `python -m contracts.build`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
