@@ -6,8 +6,8 @@ Rules
 * The signature covers the payload's bytes, so `record` is kept as the original string and never serialised again.
 * What a charger says about itself is a stranger's text: cut short, without the `|` that separates OCMF's parts.
 
-May not know: keys (`keys.MeterSigner` signs SHA-256 of the payload), the journal, the charger's wire. This is OCMF's format, not a
-certificate: legal metrology is the meter's. Source: SAFE-eV/OCMF 1.4, tables 1-10, 20-25.
+May not know: keys (`keys.MeterSigner` signs SHA-256 of the payload), the journal, the charger's wire.
+This is OCMF's format, not a certificate: legal metrology is the meter's. Source: SAFE-eV/OCMF 1.4, tables 1-10 and 20-25.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MeterIdentity:
 
 
 def payload(session: Session, moment: Moment, pagination: int, meter: MeterIdentity) -> str:
-    """The OCMF payload of this session's begin or end, as the string to be signed. `pagination` counts every record of this meter."""
+    """The OCMF payload of this session's begin or end, as the string to be signed. `pagination` counts this agent's records."""
     assert session.presentation is not None
     assert pagination > 0
     terms = session.terms
@@ -131,7 +131,7 @@ def _evidence(session: Session, moment: Moment) -> dict[str, Any]:
 
 
 def kwh(energy_mwh: int) -> str:
-    """mWh as kWh with six decimals, exactly."""
+    """A register in mWh as kWh with six decimals, exactly."""
     assert energy_mwh >= 0, energy_mwh
     return f"{energy_mwh // MWH_PER_KWH}.{energy_mwh % MWH_PER_KWH:06d}"
 
