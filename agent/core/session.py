@@ -18,10 +18,8 @@ Pure: events and Live come in, a new Session or the next due event goes out. An 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 from typing import Any
 
 from agent.core import events as ev
