@@ -73,9 +73,9 @@ def _listen(value: str) -> str:
 
 def _wire(value: str) -> str:
     """Which wire, roughly; `firmware_bridge` knows the rest and checks it against the device's map."""
-    if not re.fullmatch(r"(tcp|rtu\+tcp)://\S+|(rtu|rapi):/\S+", value):
+    if not re.fullmatch(r"(tcp|rtu\+tcp)://\S+|(rtu|rapi):///\S+", value):
         raise ValueError(
-            "must be tcp://host:port, rtu+tcp://host:port, rtu:/dev/serial/by-id/... or rapi:/dev/..."
+            "must be tcp://host:port, rtu+tcp://host:port, rtu:///dev/serial/by-id/... or rapi:///dev/..."
         )
     return value
 
@@ -232,6 +232,12 @@ class ProviderChainConfig(ChainConfig):
         description="The EV's account (EVP); our operator key must be its operator, or its own key"
     )
 
+    @model_validator(mode="after")
+    def _can_be_followed(self) -> ProviderChainConfig:
+        if not any(url.startswith("ws") for url in self.urls):
+            raise ValueError("urls needs a ws:// or wss:// address: events are followed over a WebSocket")
+        return self
+
 
 class ProviderKeysConfig(Section):
     """[keys] Where the two keys are. Never the keys themselves."""
@@ -252,7 +258,7 @@ class MeterConfig(Section):
     """[ports.meter] A separate meter, for chargers that cannot bill."""
 
     map: str = Field(min_length=1, max_length=64, description="The meter's device map")
-    wire: Wire = Field(description="Its wire; the charger's own wire may be named again")
+    wire: Wire | None = Field(None, description="Its wire; the charger's own unless given")
     device_id: int | None = Field(None, ge=0, le=255, description="Modbus device id; the map's unless given")
 
 
@@ -265,19 +271,19 @@ class PortConfig(Section):
     )
     map: str = Field(min_length=1, max_length=64, description="The device map, by its id (webasto_next)")
     wire: Wire = Field(
-        description="tcp://host:port, rtu:/dev/serial/by-id/..., rtu+tcp://host:port, rapi:/dev/..."
+        description="tcp://host:port, rtu:///dev/serial/by-id/..., rtu+tcp://host:port, rapi:///dev/..."
     )
     device_id: int | None = Field(None, ge=0, le=255, description="Modbus device id; the map's unless given")
     current_ma_max: int = Field(ge=6_000, le=500_000, description="The installation's limit per mains phase")
     phase_count: Literal[1, 3] = Field(description="Mains phases that are wired")
     failsafe_timeout_s: int = Field(
-        10, ge=1, le=15, description="The charger falls to 0 A after this long without us"
+        5, ge=1, le=15, description="The charger falls to 0 A after this long without us"
     )
     external_cut_off: str | None = Field(
         None, min_length=1, max_length=64, description="By name, where the device has no failsafe of its own"
     )
     ev_lag_ms: int = Field(
-        1_500, ge=0, le=60_000, description="How late the consumer's car follows a new limit"
+        4_000, ge=0, le=60_000, description="How late the consumer's car follows a new limit"
     )
     ev_ramp_ma_per_s: int = Field(
         8_000, ge=100, le=500_000, description="How fast it then changes its current"

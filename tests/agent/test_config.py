@@ -76,7 +76,7 @@ def test_the_environment_lies_over_the_file():
         "V2V_CHAIN__URLS": "wss://one.example",
         "V2V_CHAIN__CONTRACT": "0x" + "11" * 20,
         "V2V_CHAIN__FINALITY": "12",
-        "V2V_PORTS__0__WIRE": "rtu:/dev/serial/by-id/usb-1",
+        "V2V_PORTS__0__WIRE": "rtu:///dev/serial/by-id/usb-1",
         "V2V_PORTS__0__DEVICE_ID": "255",
         "V2V_HTTP__ENABLED": "false",
         "V2V_LOG__LEVEL": "debug",
@@ -86,7 +86,7 @@ def test_the_environment_lies_over_the_file():
     assert config.chain.urls == ("wss://one.example",)
     assert config.chain.contract == b"\x11" * 20
     assert config.chain.finality == 12
-    assert (config.ports[0].wire, config.ports[0].device_id) == ("rtu:/dev/serial/by-id/usb-1", 255)
+    assert (config.ports[0].wire, config.ports[0].device_id) == ("rtu:///dev/serial/by-id/usb-1", 255)
     assert not config.http.enabled
     assert config.log.level == "debug"
     several = load_agent(CONFIG / "agent.toml", {"V2V_CHAIN__URLS": '["ws://a", "http://b:1"]'})

@@ -196,6 +196,13 @@ ONE_MISTAKE = {
         None,
         "must have at least 1 entry",
     ),
+    "no url that can be followed": Case(
+        "ws://node:8545",
+        "https://node",
+        "agent.toml:1  chain",
+        None,
+        "urls needs a ws:// or wss:// address: events are followed over a WebSocket",
+    ),
     "password in a url": Case(
         "ws://node:8545",
         "wss://me:hunter2@node/k3y",
@@ -215,7 +222,7 @@ ONE_MISTAKE = {
         "192.168.4.2",
         "agent.toml:10  ports[0].wire",
         'wire = "192.168.4.2"',
-        "must be tcp://host:port, rtu+tcp://host:port, rtu:/dev/serial/by-id/... or rapi:/dev/...",
+        "must be tcp://host:port, rtu+tcp://host:port, rtu:///dev/serial/by-id/... or rapi:///dev/...",
     ),
     "name with a blank": Case(
         '"left"',
