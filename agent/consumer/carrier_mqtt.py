@@ -1,0 +1,165 @@
+"""Messages by way of an MQTT broker (PROTOCOL section 6).
+
+Rules
+* We publish to `v2v/1/{evp}/in/{sref}` and read `v2v/1/{evp}/out/{sref}` and `v2v/1/{evp}/hello/+`; {evp} is the
+  provider's address, 0x and lowercase. QoS 1 both ways. Hellos are retained: subscribing again brings them again.
+* A clean session each time: the protocol repeats what matters, so the broker need not remember us.
+* The broker's "wrong user name or password" is a human's work (`Misconfigured`); everything else comes back.
+
+May not know: what messages mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import aiomqtt
+
+from agent.consumer.carrier import CONNECT_TIMEOUT_S, INBOX_MAX, Backoff, Inbox, Kind
+from agent.core.messages import MESSAGE_BYTES_MAX
+from agent.core.units import Address, hex0x
+from agent.errors import Misconfigured, Transient
+
+PUBLISH_TIMEOUT_S = 5.0  # a broker that takes and never acknowledges
+NOT_AUTHORISED = (4, 5)  # CONNACK return codes of MQTT 3.1.1: bad user name or password, not authorised
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where the broker is and who we are to it. `password` is never shown."""
+
+    host: str
+    port: int
+    tls: bool = False
+    username: str | None = None
+    password: str | None = None
+    keepalive_s: int = 15
+
+    def __repr__(self) -> str:
+        return f"Broker({self.host}:{self.port})"
+
+
+class MqttCarrier:
+    """One consumer's way over one broker."""
+
+    def __init__(self, broker: Broker, sref: str) -> None:
+        self.trouble = ""
+        self._broker, self._sref = broker, sref
+        self._inbox = Inbox()
+        self._client: aiomqtt.Client | None = None
+        self._root = ""
+        self._up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._stay_connected(), name="consumer-mqtt")
+        up = asyncio.create_task(self._up.wait())
+        await asyncio.wait({self._task, up}, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if self._up.is_set():
+            return self
+        ended = self._task
+        await self.__aexit__()
+        if not ended.cancelled() and (problem := ended.exception()) is not None:
+            raise problem
+        raise Transient(
+            f"the MQTT broker at {self._broker.host}:{self._broker.port} cannot be reached ({self.trouble})",
+            remedy="is it running, is [mqtt] url right, is there a network? A provider nearby also answers by [http]",
+        )
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def meet(self, provider: Address) -> None:
+        """Subscribe to this provider's answers and Hellos."""
+        self._root = f"v2v/1/{hex0x(provider)}"
+        await self._subscribe()
+
+    async def ask_hello(self) -> None:
+        """Subscribe again, which makes the broker send the retained Hellos again."""
+        await self._subscribe()
+
+    async def post(self, kind: Kind, data: bytes) -> None:
+        """Publish; the message says itself what kind it is."""
+        assert self._root, "meet a provider first"
+        if self._client is None:
+            return  # away; `trouble` says why, and the caller posts again
+        with self._noted():
+            await self._client.publish(
+                f"{self._root}/in/{self._sref}", data, qos=1, timeout=PUBLISH_TIMEOUT_S
+            )
+
+    async def next(self, timeout_s: float) -> bytes | None:
+        """The next message of the provider's topics."""
+        if self._task is not None and self._task.done():
+            self._task.result()  # Misconfigured: nobody will ever answer
+        return await self._inbox.next(timeout_s)
+
+    # ---- the connection
+
+    async def _stay_connected(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                async with self._new_client() as client:
+                    self._client, self.trouble = client, ""
+                    backoff.reset()
+                    await self._subscribe()
+                    self._up.set()
+                    await self._listen(client)
+            except aiomqtt.MqttError as problem:
+                self.trouble = str(problem) or type(problem).__name__
+                self._refuse_if_unwelcome(problem)
+            finally:
+                self._client = None
+            await asyncio.sleep(backoff.next_s())
+
+    def _new_client(self) -> aiomqtt.Client:
+        broker = self._broker
+        return aiomqtt.Client(
+            broker.host,
+            broker.port,
+            username=broker.username,
+            password=broker.password,
+            keepalive=broker.keepalive_s,
+            protocol=aiomqtt.ProtocolVersion.V311,
+            clean_session=True,
+            timeout=CONNECT_TIMEOUT_S,
+            max_queued_incoming_messages=INBOX_MAX,
+            tls_context=ssl.create_default_context() if broker.tls else None,
+        )
+
+    async def _listen(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            payload = message.payload
+            if isinstance(payload, bytes) and 0 < len(payload) <= MESSAGE_BYTES_MAX:
+                self._inbox.put(payload)
+
+    async def _subscribe(self) -> None:
+        if self._client is None or not self._root:
+            return
+        with self._noted():
+            await self._client.subscribe(
+                [(f"{self._root}/out/{self._sref}", 1), (f"{self._root}/hello/+", 1)]
+            )
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except aiomqtt.MqttError as problem:
+            self.trouble = str(problem) or type(problem).__name__
+
+    def _refuse_if_unwelcome(self, problem: aiomqtt.MqttError) -> None:
+        if isinstance(problem, aiomqtt.MqttCodeError) and problem.rc in NOT_AUTHORISED:
+            raise Misconfigured(
+                f"the MQTT broker at {self._broker.host}:{self._broker.port} does not let us in: {problem}",
+                remedy="check [mqtt] username and password_credential",
+            ) from problem

@@ -1,0 +1,374 @@
+"""The consumer's small memory: what must survive a crash between auction and receipt, in SQLite.
+
+Schema (version 1)
+    identity(key TEXT PRIMARY KEY, value TEXT)             schema, chain_id, contract, consumer: whose journal this is
+    facts(seq INTEGER PRIMARY KEY, at_s INTEGER, kind TEXT, body TEXT)    body: the fact's fields as JSON, bytes as 0x-hex
+
+Rules
+* `write` returns only when the row is on the disk (WAL, synchronous FULL); rows are never changed or deleted.
+* Durable first, then sent: a signed transaction, a presentation and a receipt stand here before anybody else has them, so
+  that after a crash the very same bytes are sent again.
+* An errand is one purchase: from `OrderPlaced` to `Closed`. There is one open errand at most.
+* The session key is not in here: its file (mode 0600) lies beside, named after the session id, which the journal knows.
+  So a copy of the journal for support gives nobody the right to sign.
+
+May not know: what to do next (journey.py). `at_s` is the wall clock: for humans, and to bound after a restart how much
+energy can have flowed since the presentation.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, NewType, get_type_hints
+
+from agent.core.events import Terms
+from agent.core.token import Domain
+from agent.core.units import Address, SessionId, TxHash, hex0x
+from agent.errors import Misconfigured
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 5.0  # a reader that holds the file longer than this is a fault worth an error
+BODY_LENGTH_MAX = 16_384  # our longest fact is a presentation of 1 kB; anything near this is a bug
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS identity(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS facts(seq INTEGER PRIMARY KEY, at_s INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL) STRICT;
+"""
+
+
+# ---- facts
+
+
+@dataclass(frozen=True, slots=True)
+class OrderPlaced:
+    """We are about to start an auction. Written before its transaction is signed; the nonce is what it will get."""
+
+    at_s: int
+    auction_nonce: int
+    energy_wh: int
+    rate_wei_per_kwh_start: int
+    bidding_s: int
+    token_validity_s: int
+    from_block: int  # nothing of this errand is in an earlier block
+    sref: str  # where the provider answers us (PROTOCOL section 6)
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionSigned:
+    """A transaction of ours, before it was broadcast. `step` is the command it carries out."""
+
+    at_s: int
+    step: str
+    tx_hash: TxHash
+    raw_tx: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionMined:
+    """It is in a block, and succeeded or not."""
+
+    at_s: int
+    step: str
+    tx_hash: TxHash
+    block_number: int
+    gas_used: int
+    fee_wei: int
+    succeeded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Our `connect`, as the chain tells it. Again, with another token, when a reorg re-mined it."""
+
+    at_s: int
+    terms: Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """A presentation, byte for byte, before it is first sent."""
+
+    at_s: int
+    message: bytes
+    challenge: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The provider's answer, verified."""
+
+    at_s: int
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptSigned:
+    """A receipt, byte for byte, before it is first sent."""
+
+    at_s: int
+    energy_wh: int
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The errand is over: `settled`, `cancelled`, `no_bids`."""
+
+    at_s: int
+    outcome: str
+
+
+Fact = (
+    OrderPlaced
+    | TransactionSigned
+    | TransactionMined
+    | Matched
+    | Presented
+    | Accepted
+    | ReceiptSigned
+    | Closed
+)
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in Fact.__args__}
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """One purchase, as its facts tell it."""
+
+    order: OrderPlaced
+    signed: tuple[TransactionSigned, ...] = ()
+    mined: tuple[TransactionMined, ...] = ()
+    terms: Terms | None = None
+    presented: Presented | None = None
+    presented_at_s: int | None = None  # when we first presented this session: no energy before
+    accepted: Accepted | None = None
+    receipt: ReceiptSigned | None = None
+    closed: Closed | None = None
+
+    @property
+    def energy_wh_signed(self) -> int:
+        """The highest receipt we have signed."""
+        return 0 if self.receipt is None else self.receipt.energy_wh
+
+    def pending(self, step: str) -> TransactionSigned | None:
+        """The newest transaction of this step of which we do not know yet what became of it."""
+        done = {mined.tx_hash for mined in self.mined}
+        waiting = [signed for signed in self.signed if signed.step == step and signed.tx_hash not in done]
+        return waiting[-1] if waiting else None
+
+
+def step(errand: Errand | None, fact: Fact) -> Errand | None:
+    """The errand after one more fact. Pure. Asserts what our own code must never write."""
+    if isinstance(fact, OrderPlaced):
+        assert errand is None or errand.closed is not None, "one errand at a time"
+        return Errand(fact)
+    if errand is None or errand.closed is not None:
+        assert isinstance(fact, (TransactionSigned, TransactionMined)), (
+            fact
+        )  # deposit, withdraw, settle: no errand needed
+        return errand
+    match fact:
+        case TransactionSigned():
+            return replace(errand, signed=(*errand.signed, fact))
+        case TransactionMined():
+            return replace(errand, mined=(*errand.mined, fact))
+        case Matched():
+            again = errand.terms is not None and errand.terms.token == fact.terms.token
+            if again:
+                return replace(errand, terms=fact.terms)
+            return replace(errand, terms=fact.terms, presented=None, accepted=None)
+        case Presented():
+            first_s = fact.at_s if errand.presented_at_s is None else errand.presented_at_s
+            return replace(errand, presented=fact, presented_at_s=first_s, accepted=None)
+        case Accepted():
+            return replace(errand, accepted=fact)
+        case ReceiptSigned():
+            assert fact.energy_wh > errand.energy_wh_signed, "a receipt never falls"
+            return replace(errand, receipt=fact)
+        case Closed():
+            return replace(errand, closed=fact)
+
+
+# ---- the file
+
+
+class ConsumerJournal:
+    """The open journal of one consumer. `read_only=True` takes no lock and cannot write.
+
+    `clock` gives unix seconds. Raises Misconfigured for every state of the file that a human must look at.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        domain: Domain,
+        consumer: Address,
+        clock: Callable[[], float],
+        *,
+        read_only: bool = False,
+    ) -> None:
+        self.path = path
+        self._clock = clock
+        self._identity = {
+            "schema": str(SCHEMA_VERSION),
+            "chain_id": str(domain.chain_id),
+            "contract": hex0x(domain.contract),
+            "consumer": hex0x(consumer),
+        }
+        self._lock: IO[str] | None = None if read_only else _locked(path)
+        try:
+            self._db = _opened(path, read_only=read_only)
+            self._check_identity(read_only=read_only)
+            self.errand: Errand | None = None
+            for fact in self._facts():
+                self.errand = step(self.errand, fact)
+        except sqlite3.Error as error:
+            self._unlock()
+            raise Misconfigured(
+                f"the consumer's journal {path} cannot be opened: {error}",
+                remedy="check the disk and the file's permissions; keep the file, it knows your open session",
+            ) from error
+        except Misconfigured:
+            self._unlock()
+            raise
+
+    @property
+    def at_s(self) -> int:
+        """What a fact written now is stamped with."""
+        return int(self._clock())
+
+    @property
+    def open_errand(self) -> Errand | None:
+        """The purchase that is not finished; None when the next one may begin."""
+        return self.errand if self.errand is not None and self.errand.closed is None else None
+
+    def write(self, fact: Fact) -> None:
+        """Write one fact; on return it survives power loss, and `errand` knows it."""
+        errand = step(self.errand, fact)  # first: an assertion here never reaches the disk
+        body = json.dumps(_encoded(fact), separators=(",", ":"))
+        assert len(body) <= BODY_LENGTH_MAX, (type(fact).__name__, len(body))
+        self._db.execute(
+            "INSERT INTO facts(at_s, kind, body) VALUES (?, ?, ?)", (fact.at_s, type(fact).__name__, body)
+        )
+        self.errand = errand
+
+    def session_key_path(self, session_id: SessionId) -> Path:
+        """Where this session's ephemeral key is: a file of mode 0600 beside the journal."""
+        return self.path.with_name(f"{self.path.name}.{session_id.hex()[:32]}.key")
+
+    def close(self) -> None:
+        """Give file and lock back."""
+        self._db.close()
+        self._unlock()
+
+    def _facts(self) -> Iterator[Fact]:
+        for seq, kind, body in self._db.execute("SELECT seq, kind, body FROM facts ORDER BY seq"):
+            try:
+                fact: Fact = _decoded(KINDS[kind], json.loads(body))
+            except (KeyError, ValueError, TypeError) as error:
+                raise Misconfigured(
+                    f"row {seq} of the consumer's journal {self.path} ({kind}) cannot be read by this version: {error!r}",
+                    remedy="start the version that wrote it; do not delete the journal while a session is open",
+                ) from error
+            yield fact
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _check_identity(self, *, read_only: bool) -> None:
+        found = dict(self._db.execute("SELECT key, value FROM identity"))
+        if not found and not read_only:
+            self._db.executemany("INSERT INTO identity VALUES (?, ?)", list(self._identity.items()))
+            return
+        for key, value in self._identity.items():
+            if found.get(key) != value:
+                raise Misconfigured(
+                    f"the consumer's journal {self.path} belongs to {key} {found.get(key)}, the settings say {value}",
+                    remedy="point [journal] path at another file, or correct the settings; keep the old journal",
+                )
+
+
+def _locked(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = path.with_name(path.name + ".lock").open("a", encoding="ascii")
+    except OSError as error:
+        raise Misconfigured(
+            f"the journal's directory {path.parent} cannot be written: {error.strerror}",
+            remedy="create it for your user, or point [journal] path elsewhere",
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise Misconfigured(
+            f"another consumer already uses the journal {path}",
+            remedy="let it finish or stop it first: two at once would buy the same energy twice",
+        ) from error
+    return lock
+
+
+def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    if read_only:
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    existed = path.exists()
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.executescript(_TABLES)
+    if not existed:
+        path.chmod(0o600)
+        _sync_folder(path.parent)
+    return db
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is durable only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- facts as JSON
+
+
+def _encoded(value: object) -> Any:
+    if isinstance(value, bytes):
+        return hex0x(value)
+    if is_dataclass(value):
+        return {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
+    assert isinstance(value, bool | int | str), value
+    return value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _decoded(kind: Any, value: Any) -> Any:
+    if isinstance(kind, NewType):
+        kind = kind.__supertype__
+    if kind is bytes:
+        if not value.startswith("0x"):
+            raise ValueError(value)
+        return bytes.fromhex(value[2:])
+    if is_dataclass(kind):
+        assert isinstance(kind, type)
+        hints = _hints(kind)
+        return kind(**{name: _decoded(hints[name], item) for name, item in value.items()})
+    if type(value) is not kind:
+        raise TypeError(value)
+    return value

@@ -1,0 +1,237 @@
+"""Meeting at the plug: M0 their Hello, M1 our signed token, M2 their acceptance (PROTOCOL section 4).
+
+Rules
+* We present only to a fresh Hello signed by the winner of our auction; the acceptance must sign a challenge that holds
+  our own random nonce, so it was made for us and now.
+* A presentation is journaled before it is sent, and repeated byte for byte: the provider knows a repeat by that. A new
+  one, with a new Hello and a new nonce, is made only when the provider calls the Hello used or stale.
+* "Not yet" is waited out with growing pauses; every other no ends the meeting with the provider's own word.
+
+May not know: transports, energy, the journey around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+
+from agent.consumer.carrier import Backoff
+from agent.consumer.journal import Accepted, Presented
+from agent.consumer.plug import Plug, TokenChanged
+from agent.consumer.progress import Step
+from agent.core import token as rules
+from agent.core.messages import Accept, Final, Hello, Message, Present, Refusal, Status, decode, encode
+from agent.errors import Refused, Transient
+
+NOT_YET = frozenset({"not_yet_seen", "not_yet_confirmed", "unknown_session", "rate_limited", "busy"})
+NEW_HELLO = frozenset({"stale_hello", "replayed"})
+RESEND_S = (
+    0.5,
+    8.0,
+)  # first and longest pause between two repeats: quick on a fast chain, polite on a slow one
+HELLO_ASK_S = 2.0  # between two questions for the current Hello
+GATHER_S = 0.4  # Hellos of several ports arrive together; we must see whether there is a choice to make
+HELLOS_MAX = 16  # ports we look at: a provider has at most eight
+
+
+@dataclass(slots=True)
+class Meeting:
+    """One meeting. `port` is the name at the plug; empty: the provider's only one."""
+
+    plug: Plug
+    port: str = ""
+    _hellos: dict[bytes, Hello] = field(default_factory=dict)  # newest believed one per charger id
+    _used_nonces: set[bytes] = field(default_factory=set)
+
+    async def meet(self) -> Accept:
+        """Present our token until it is accepted. Raises Refused with the provider's reason or ours, Transient when
+        nobody answers, TokenChanged when the chain must be asked again.
+        """
+        accepted = self.plug.errand.accepted
+        await self.plug.carrier.meet(self.plug.terms.provider)
+        if accepted is not None:
+            accept = decode(accepted.message)
+            assert isinstance(accept, Accept)
+            return accept
+        try:
+            async with asyncio.timeout(self.plug.waits.meeting_s):
+                return await self._present_until_accepted()
+        except TimeoutError:
+            raise self._nobody("did not accept our token") from None
+
+    async def _present_until_accepted(self) -> Accept:
+        presented = self.plug.errand.presented or self._sign(await self._fresh_hello())
+        backoff = Backoff(*RESEND_S)
+        while True:
+            await self.plug.carrier.post("present", presented.message)
+            answer = await self._answer(presented, backoff.next_s())
+            if isinstance(answer, Accept):
+                self.plug.journal.write(Accepted(self.plug.journal.at_s, encode(answer)))
+                self.plug.say(Step.PRESENT, "the provider has accepted our token", stage="AUTHORISED")
+                return answer
+            if answer is not None:
+                presented = self._sign(await self._fresh_hello())
+                backoff.reset()
+
+    # ---- M0
+
+    async def _fresh_hello(self) -> Hello:
+        """A Hello of this provider that nobody has used, for the port we stand at."""
+        self.plug.say(Step.HELLO, "looking for the provider at the plug")
+        try:
+            async with asyncio.timeout(self.plug.waits.hello_s):
+                while True:
+                    await self.plug.carrier.ask_hello()
+                    await self._listen_for_hellos(HELLO_ASK_S)
+                    if self._hellos:
+                        return self._chosen()
+        except TimeoutError:
+            raise self._nobody("shows no Hello at the plug") from None
+
+    async def _listen_for_hellos(self, wait_s: float) -> None:
+        """Until `wait_s` is over, or GATHER_S after the first believed one: there may be several ports."""
+        until_ms = self.plug.now_ms() + int((GATHER_S if self._hellos else wait_s) * 1000)
+        while (left_ms := until_ms - self.plug.now_ms()) > 0:
+            message = await self.plug.next(left_ms / 1000)
+            if isinstance(message, Hello) and await self._keep(message) and len(self._hellos) == 1:
+                until_ms = min(until_ms, self.plug.now_ms() + int(GATHER_S * 1000))
+
+    async def _keep(self, hello: Hello) -> bool:
+        """Keep it if it is believed; the newest one of each port."""
+        try:
+            await self._check_hello(hello)
+        except Refused as odd:
+            self.plug.odd = odd
+            return False
+        if hello.charger_id not in self._hellos and len(self._hellos) >= HELLOS_MAX:
+            return False
+        self._hellos[hello.charger_id] = hello
+        return True
+
+    async def _check_hello(self, hello: Hello) -> None:
+        if hello.provider != self.plug.terms.provider:
+            raise Refused(
+                "wrong_provider", "this Hello is of another provider than the winner of our auction"
+            )
+        if self.port and hello.charger_id != rules.charger_id(self.port):
+            raise Refused("unknown_charger", f"this Hello is not of the charging port {self.port!r}")
+        if hello.nonce in self._used_nonces:
+            raise Refused("stale_hello", "this Hello was used already")
+        await self.plug.believe(hello.typed, hello.signature)
+        if hello.expires_at_s <= await self.plug.chain.now_s():
+            raise Refused("stale_hello", "this Hello has expired")
+
+    def _chosen(self) -> Hello:
+        if len(self._hellos) > 1:
+            raise Refused(
+                "which_port",
+                f"this provider has {len(self._hellos)} charging ports",
+                remedy="say which one you are plugged into: --port and the name written there",
+            )
+        return next(iter(self._hellos.values()))
+
+    # ---- M1
+
+    def _sign(self, hello: Hello) -> Presented:
+        """Our token, bound to this Hello and a nonce of our own, granting the session key; journaled."""
+        plug, terms = self.plug, self.plug.terms
+        nonce = secrets.token_bytes(32)
+        grant = rules.PresentToken(
+            terms.token,
+            terms.session_id,
+            terms.provider,
+            plug.session_key.address,
+            terms.energy_wh_ordered,
+            terms.valid_until_s,
+            rules.challenge(hello.typed, nonce),
+        )
+        message = Present(
+            "eip712",
+            terms.session_id,
+            terms.token,
+            hello.charger_id,
+            hello.nonce,
+            nonce,
+            grant.session_key,
+            grant.max_energy_wh,
+            grant.valid_until_s,
+            plug.account.public_key,
+            plug.account.sign_digest(rules.digest(plug.domain, grant)),
+        )
+        presented = Presented(plug.journal.at_s, encode(message), grant.challenge)
+        plug.journal.write(presented)
+        self._used_nonces.add(hello.nonce)
+        self._hellos.clear()
+        plug.say(Step.PRESENT, "presenting our signed token")
+        return presented
+
+    # ---- M2
+
+    async def _answer(self, presented: Presented, wait_s: float) -> Accept | Refusal | None:
+        """The believed acceptance, a refusal that wants a new Hello, or None: post the same again."""
+        until_ms = self.plug.now_ms() + int(wait_s * 1000)
+        while (left_ms := until_ms - self.plug.now_ms()) > 0:
+            message = await self.plug.next(left_ms / 1000)
+            if isinstance(message, Accept) and await self._is_ours(message, presented):
+                return message
+            if isinstance(message, Refusal) and self._wants_new_hello(message):
+                return message
+            if isinstance(message, Hello):
+                await self._keep(message)  # the next one, should this one turn out to be used
+            elif message is not None:
+                self._note(message)
+        return None
+
+    async def _is_ours(self, accept: Accept, presented: Presented) -> bool:
+        try:
+            await self._check_accept(accept, presented)
+        except Refused as odd:
+            self.plug.odd = odd
+            return False
+        return True
+
+    async def _check_accept(self, accept: Accept, presented: Presented) -> None:
+        if accept.session_id != self.plug.terms.session_id:
+            raise Refused("unknown_session", "this acceptance is of another session")
+        if accept.challenge != presented.challenge:
+            raise Refused("wrong_challenge", "this acceptance does not answer our presentation")
+        typed = rules.SessionAccept(
+            accept.session_id,
+            accept.challenge,
+            accept.register_mwh_begin,
+            accept.max_unacked_wh,
+            accept.accepted_at_s,
+        )
+        await self.plug.believe(typed, accept.signature)
+
+    def _wants_new_hello(self, refusal: Refusal) -> bool:
+        """True: sign anew. False: the same again, later. Everything else is raised."""
+        if refusal.reason in NEW_HELLO:
+            return True
+        if refusal.reason == "wrong_token":
+            raise TokenChanged
+        if refusal.reason in NOT_YET:
+            self.plug.odd = Refused(refusal.reason, refusal.detail)
+            self.plug.say(Step.PRESENT, f"the provider says: {refusal.reason.replace('_', ' ')}")
+            return False
+        raise Refused(refusal.reason, refusal.detail)
+
+    def _note(self, message: Message) -> None:
+        if isinstance(message, Status) and message.session_id == self.plug.terms.session_id:
+            reason = f" ({message.reason})" if message.reason else ""
+            self.plug.say(Step.PRESENT, f"the provider says: {message.stage}{reason}", stage=message.stage)
+        if isinstance(message, Final) and message.session_id == self.plug.terms.session_id:
+            raise TokenChanged  # over before it began, they say; the chain knows
+
+    # ---- when nobody comes
+
+    def _nobody(self, what: str) -> Refused | Transient:
+        """What a time-out means: the newest reason why an answer was not believed, or that there was none."""
+        if self.plug.odd is not None:
+            return Refused(self.plug.odd.reason, f"the provider {what}; last seen: {self.plug.odd.detail}")
+        trouble = f" ({self.plug.carrier.trouble})" if self.plug.carrier.trouble else ""
+        return Transient(
+            f"the provider {what}{trouble}",
+            remedy="is it there, switched on, and on the same broker? Run the same command again to go on from here",
+        )
