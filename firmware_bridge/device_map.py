@@ -91,6 +91,7 @@ COMMANDS: dict[str, str] = {
     "keep_alive": "token",
 }
 _FAILSAFE: dict[str, str] = {"timeout_ms": "time", "current_ma": "current", "power_w": "power"}
+_DEVICE_CODE = "device_code_"  # how a fault is called that the map does not list
 _PILOT_STATES = frozenset("ABCDEF")
 
 
@@ -212,6 +213,7 @@ class Point:
     write_fc: int | None  # None: read only
     step: Fraction | None = None
     rounding: Rounding = "nearest"
+    snap: int = 1  # counters kept as floats: the nearest multiple of this is meant
     combine: str = "max"
     sentinels: tuple[int, ...] = ()
     values: Mapping[int | str, Value] = field(default_factory=lambda: MappingProxyType({}))
@@ -250,10 +252,13 @@ class Point:
             whole = int(raw)
             return next((name for bit, name in self.bits.items() if whole >> bit & 1), "")
         if self.values:
-            return self.values.get(int(raw))
+            otherwise = f"{_DEVICE_CODE}{int(raw)}" if self.name == "fault" else None
+            return self.values.get(int(raw), otherwise)
         if self.text:
             return str(raw)
-        return registers.to_unit(raw, self.step or Fraction(1), self.rounding)
+        whole = registers.to_unit(raw, self.step or Fraction(1), self.rounding)
+        # A float only comes near the device's own step; its digits beyond that are noise that would cost a Wh.
+        return (whole + self.snap // 2) // self.snap * self.snap if self.snap > 1 else whole
 
     def words(self, value: Value) -> tuple[int, ...]:
         """The words to write (or, in the simulator, to show) for `value`. Raises EncodeError when it does not
@@ -269,6 +274,8 @@ class Point:
             for raw, meaning in self.values.items():
                 if meaning == value and isinstance(meaning, bool) == isinstance(value, bool):
                     return raw
+            if isinstance(value, str) and value.startswith(_DEVICE_CODE):
+                return int(value.removeprefix(_DEVICE_CODE))
             raise registers.EncodeError(f"{self.name}: the map has no raw value for {value!r}")
         if self.bits:
             return sum(1 << bit for bit, name in self.bits.items() if name == value)
@@ -592,6 +599,10 @@ class _Compiler:
             return Fraction(1)
         return step
 
+    def _counter_step(self) -> int:
+        step = _amount(self.table.energy.step or "1 mWh", "energy")
+        return 1 if isinstance(step, str) else max(1, int(step))
+
     def _read(self, name: str, entry: _ReadTable) -> Point:
         key = ("read", name)
         dimension = READS[name]
@@ -613,6 +624,7 @@ class _Compiler:
             write_fc=None,
             step=self._step(key, dimension, entry.raw_unit),
             rounding="floor" if dimension == "energy" else "nearest",
+            snap=self._counter_step() if dimension == "energy" and entry.type in ("f32", "f64") else 1,
             combine=entry.combine,
             sentinels=tuple(entry.sentinels),
             values=self._values(key, dimension, entry),

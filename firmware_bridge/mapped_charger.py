@@ -187,6 +187,22 @@ async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Cha
     return charger
 
 
+async def read_device(map_name: str, wire: str, device_id: int | None = None) -> dict[str, Value | None]:
+    """Every quantity of one device (charger or meter), once, for a human to look at. Nothing is written.
+
+    Raises MapError and BridgeError as `open_charger` does, but asks for no failsafe and no meter.
+    """
+    device_map = load_map(map_name)
+    buses = Buses()
+    leased: list[Bus] = []
+    try:
+        device = await _lease(buses, leased, device_map, wire, device_id)
+        return await device.read(list(device_map.reads))
+    finally:
+        for bus in leased:
+            await buses.release(bus)
+
+
 async def _lease(
     buses: Buses, leased: list[Bus], device_map: DeviceMap, wire_text: str, device_id: int | None
 ) -> _Device:

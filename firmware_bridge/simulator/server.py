@@ -134,7 +134,12 @@ class Simulator:
         if not host or not port.isdigit():
             raise MapError(f"tcp = {address!r} is not HOST:PORT")
         server = ModbusTcpServer(devices, address=(host, int(port)))
-        await server.serve_forever(background=True)
+        try:
+            await server.serve_forever(background=True)
+        except RuntimeError as exc:  # pymodbus' word for every failure to listen
+            raise MapError(
+                f"cannot listen on {address}; is the port taken? choose another, or 0 for any"
+            ) from exc
         self._server = server
         sockets: Any = getattr(server.transport, "sockets", None)
         self.wire = f"tcp://{host}:{sockets[0].getsockname()[1]}"
@@ -294,7 +299,7 @@ class _Device:
     def _show(self, point: Point, plant: Plant, start: int, current: list[int]) -> None:
         shown = self.simulator.config.pinned.get(point.name, self._true_value(point.name, plant))
         per_address: list[Value] = [shown] * len(point.addresses)
-        if len(point.addresses) > 1 and isinstance(shown, int):
+        if point.name == "current_ma" and isinstance(shown, int):  # phases that are not there carry none
             idle = len(point.addresses) - plant.config.phase_count
             share = shown // plant.config.phase_count if point.combine == "sum" else shown
             live = len(point.addresses) - max(0, idle)
@@ -303,18 +308,18 @@ class _Device:
             try:
                 words = point.words(value)
             except EncodeError:
-                words = (
-                    0xFFFF,
-                ) * point.word_count  # a real device shows nonsense when its register is too small
+                # A fault or state this device has no word for stays unseen, as in reality.
+                words = (0,) * point.word_count
             if point.type == "bit":
                 _set_bit(current, start, address, bool(words[0]))
             else:
                 current[address - start : address - start + point.word_count] = words
 
     def _true_value(self, name: str, plant: Plant) -> Value:
+        step_mwh = max(1, self.map.energy.step_mwh)  # a counter shows what is fully counted
         forward = "register_import_mwh" if self.map.energy.forward == "import" else "register_export_mwh"
         values: dict[str, Value] = {
-            "register_mwh": plant.register_mwh,
+            "register_mwh": plant.register_mwh // step_mwh * step_mwh,
             "power_w": plant.power_w,
             "current_ma": plant.current_ma,
             "voltage_mv": plant.config.voltage_mv,
