@@ -134,22 +134,29 @@ class Door:
         """The one answer to these bytes, from `sref` (the return address), arriving over `source` (who is rate-limited)."""
         try:
             message = decode(data)
-            self._limit(source)
+            self._limit(source, known=self._is_from_its_consumer(sref, message))
             if not sref or len(sref) > SREF_LENGTH_MAX or not sref.isascii() or not sref.isprintable():
                 raise Refused("malformed", "the return address is not 1-64 printable characters")
             match message:
                 case Present():
                     return self._present(sref, message, rules.presentation_digest(data))
                 case ReceiptMessage():
-                    return self._receipt(message)
+                    return self._receipt(sref, message)
                 case Stop():
-                    return self._stop(message)
+                    return self._stop(sref, message)
                 case _:
                     raise Refused("malformed", f"a consumer does not send {message.TYPE}")
         except Refused as refusal:
             return Refusal(refusal.reason, refusal.detail[:128])
 
-    def _limit(self, source: str) -> None:
+    def _is_from_its_consumer(self, sref: str, message: Message) -> bool:
+        """A running session's own messages wait behind nobody: a flood from others must not cost it its receipts (rule 5)."""
+        if not isinstance(message, Present | ReceiptMessage | Stop):
+            return False
+        session = self._engine.book.sessions.get(message.session_id)
+        return session is not None and session.presentation is not None and session.presentation.sref == sref
+
+    def _limit(self, source: str, *, known: bool) -> None:
         now_ms = self._engine.live.now_ms
         bucket = self._sources.get(source)
         if bucket is None:
@@ -159,21 +166,23 @@ class Door:
         self._sources.move_to_end(source)
         if not bucket.take(now_ms):
             raise Refused("rate_limited", "too many messages from here; wait a second")
-        if not self._all_sources.take(now_ms):
+        if not known and not self._all_sources.take(now_ms):
             raise Refused("rate_limited", "too many messages altogether; wait a second")
 
     # ---- M1 and M2
 
     def _present(self, sref: str, message: Present, digest: bytes) -> Message:
         book, live = self._engine.book, self._engine.live
-        session = book.sessions.get(message.session_id)
-        terms = session.terms if session is not None else book.pending.get(message.session_id)
-        if terms is None:
-            raise Refused("not_yet_seen", "no such session on the chain yet; try again in a few seconds")
-        kept = session.presentation if session is not None else book.early.get(message.session_id)
-        if kept is not None and kept.digest == digest:
-            return self._standing(message.session_id)
+        session, early = book.sessions.get(message.session_id), book.awaits_belief(message.session_id)
         if session is not None and (session.end_intent or session.stage in CLOSED):
+            return self._ended(session, sref)
+        if session is not None and session.stage is not Stage.ORPHANED:
+            terms, kept = session.terms, session.presentation
+        elif early:
+            terms, kept = book.pending[message.session_id], book.early.get(message.session_id)
+        else:
+            raise Refused("not_yet_seen", "no such session on the chain yet; try again in a few seconds")
+        if kept is not None and kept.digest == digest:
             return self._standing(message.session_id)
         if message.token != terms.token:
             raise Refused("wrong_token", "this is not the token the contract logged for this session")
@@ -186,6 +195,9 @@ class Door:
             raise Refused("expired", "the grant to the session key is no longer valid")
         port, issued = self._live_hello(message)
         self._check_free(port, session, terms)
+        if message.scheme == "eip191" and kept is not None and kept.sref != sref:
+            # personal_sign binds only the token: whoever saw it once could move the session's answers to himself.
+            raise Refused("replayed", "this token was already presented from another return address")
         presentation = self._verified(message, terms, issued.hello, sref, port, digest)
         issued.used = True
         self._engine.accept(ev.TokenPresented(live.at_s, message.session_id, presentation))
@@ -258,13 +270,17 @@ class Door:
         )
 
     def _standing(self, session_id: SessionId) -> Message:
-        """The answer that a presentation of this session gets now: final, accept, or "waiting"."""
+        """The answer that a good presentation gets now: accept, or where the session stands, or "waiting"."""
         session = self._engine.book.sessions.get(session_id)
-        if session is None:
+        if session is None or session.stage is Stage.ORPHANED:
             return Status(session_id, "waiting", 0, 0, "not_yet_confirmed")
-        if session.stage in CLOSED:
-            return self._final(session)
         return self._accept(session) or self._status(session)
+
+    def _ended(self, session: Session, sref: str) -> Message:
+        """What is left to say about a session that ended, to its consumer only: the records carry signatures."""
+        if session.presentation is None or session.presentation.sref != sref:
+            raise Refused("too_late", "this session has ended")
+        return self._final(session) if session.stage in CLOSED else self._status(session)
 
     # ---- receipts and stops
 
@@ -274,14 +290,14 @@ class Door:
             raise Refused("unknown_session", "present the token first")
         return session, session.presentation
 
-    def _receipt(self, message: ReceiptMessage) -> Message:
+    def _receipt(self, sref: str, message: ReceiptMessage) -> Message:
         session, grant = self._session_of(message.session_id)
         if message.delivered_wh <= session.energy_wh_acked:
             return AckMessage(
                 session.session_id, session.energy_wh_acked
             )  # costs no recovery: a repeat is cheap
         if session.stage in CLOSED:
-            return self._final(session)
+            return self._ended(session, sref)
         if session.settlement is not None:
             raise Refused("too_late", "the settlement is already signed")
         if message.delivered_wh > session.terms.energy_wh_ordered:
@@ -311,10 +327,10 @@ class Door:
         self._engine.observe(Beat())
         return AckMessage(session.session_id, self._engine.book.sessions[session.session_id].energy_wh_acked)
 
-    def _stop(self, message: Stop) -> Message:
+    def _stop(self, sref: str, message: Stop) -> Message:
         session, grant = self._session_of(message.session_id)
         if session.stage in CLOSED:
-            return self._final(session)
+            return self._ended(session, sref)
         digest = rules.digest(self._domain, rules.StopRequest(session.session_id, message.at_s))
         signer = rules.recover(digest, rules.normalised(message.signature))
         if signer not in {session.terms.consumer, grant.session_key} - {ZERO_ADDRESS}:

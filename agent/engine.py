@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from agent.core import book as rules
 from agent.core.book import Book
-from agent.core.effects import Effect
-from agent.core.events import Event
-from agent.core.live import Live, Policy, Update, observe
+from agent.core.effects import Deliver, Effect
+from agent.core.events import DeliveryBegan, Event
+from agent.core.live import Live, Policy, PortRead, Update, observe, offered
 from agent.journal import Journal
 
 DUE_MAX = 256  # one update makes at most a few events due per session; more means two rules disagree for ever
@@ -49,12 +50,16 @@ class Engine:
             return False
         self._journal.append(event)
         self.book = after
+        if isinstance(event, DeliveryBegan):
+            self.live = offered(self.live, after.sessions[event.session_id].port or "")
         self._wake()
         return True
 
     def observe(self, update: Update) -> None:
         """One look at the world; then everything that time or readings have made due is accepted."""
         before = self.live
+        if isinstance(update, PortRead):
+            update = replace(update, offered=self._is_offered(update.port))
         self.live = observe(self.live, update, self._monotonic_ms())
         for _ in range(DUE_MAX):
             event = rules.due(self.book, self.live)
@@ -70,6 +75,9 @@ class Engine:
     def owed(self) -> tuple[Effect, ...]:
         """Everything owed now."""
         return rules.owed(self.book, self.live)
+
+    def _is_offered(self, port: str) -> bool:
+        return any(isinstance(effect, Deliver) and effect.port == port for effect in self.owed())
 
     @property
     def at_s(self) -> int:

@@ -34,7 +34,9 @@ from agent.core.units import Address, BlockHash, SessionId
 V = TypeVar("V")
 
 NO_BLOCK = BlockHash(b"")
-PENDING_MAX = 64  # only auctions we won can name us, so this bounds a lying node, not consumers
+PENDING_MAX = (
+    64  # only auctions we won can name us, so this bounds a lying node, not consumers; expired ones give way
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,18 @@ class Book:
             )
         )
 
+    def awaits_belief(self, sid: SessionId) -> bool:
+        """A `Connected` of this session is seen and not yet believed: its token is kept as an early one (rule 4)."""
+        known = self.sessions.get(sid)
+        return sid in self.pending and (known is None or known.stage is Stage.ORPHANED)
+
     def on_port(self, port: str) -> Session | None:
         """The session that holds this port, if any."""
-        for session in self.sessions.values():
-            if session.port == port and session.stage in life.HOLDS_PORT:
-                return session
-        return None
+        holders = [s for s in self.sessions.values() if s.port == port and s.holds_port]
+        active = [
+            s for s in holders if s.stage is not Stage.ORPHANED
+        ]  # an orphan must not stop its successor
+        return next(iter(active + holders), None)
 
     def is_port_free(self, port: str | None, session: Session) -> bool:
         """May `session` take this port: not locked out, and held by no other session."""
@@ -109,7 +117,7 @@ def _routed(book: Book, event: Event) -> Book:
             if event.block_hash == book.scanned_hash:
                 return book
             return replace(book, scanned_number=event.block_number, scanned_hash=event.block_hash)
-        case ev.TokenPresented() if event.session_id not in book.sessions:
+        case ev.TokenPresented() if book.awaits_belief(event.session_id):
             return _presented_early(book, event)
         case ev.PortUnlocked():
             return _port_unlocked(book, event)
@@ -137,14 +145,18 @@ def _to_session(book: Book, sid: SessionId, event: Event) -> Book:
 
 def _connected_seen(book: Book, event: ev.ConnectedSeen) -> Book:
     terms, known = event.terms, book.sessions.get(event.terms.session_id)
-    if known is not None and known.terms == terms:
+    if known is not None and known.terms == terms and known.stage is not Stage.ORPHANED:
         return book
     if not book.is_genuine(terms) or book.pending.get(terms.session_id) == terms:
         return book
-    if len(book.pending) >= PENDING_MAX and terms.session_id not in book.pending:
-        return book
-    early = {sid: token for sid, token in book.early.items() if sid != terms.session_id}
-    return replace(book, pending={**book.pending, terms.session_id: terms}, early=early)
+    pending = book.pending
+    if len(pending) >= PENDING_MAX and terms.session_id not in pending:
+        pending = {sid: old for sid, old in pending.items() if old.valid_until_s > event.at_s}
+        if len(pending) >= PENDING_MAX:
+            return book
+    pending = {**pending, terms.session_id: terms}
+    early = {sid: kept for sid, kept in book.early.items() if sid in pending and sid != terms.session_id}
+    return replace(book, pending=pending, early=early)
 
 
 def _connected_believed(book: Book, event: ev.ConnectedBelieved) -> Book:
@@ -158,6 +170,8 @@ def _connected_believed(book: Book, event: ev.ConnectedBelieved) -> Book:
         session = life.rematched(known, terms, event.at_s)
         if session is known:
             return book
+        if session.stage is Stage.MATCHED and event.session_id in book.early:
+            session = replace(session, presentation=book.early[event.session_id])
     else:
         return book  # the old block has not been found orphaned yet; the watcher will say both again
     return replace(
@@ -199,9 +213,7 @@ def _without(mapping: Mapping[SessionId, V], sid: SessionId) -> Mapping[SessionI
 
 def _check(book: Book) -> None:
     """What no event may break across sessions."""
-    holders = [
-        s.port for s in book.sessions.values() if s.stage in life.HOLDS_PORT and s.stage is not Stage.ORPHANED
-    ]
+    holders = [s.port for s in book.sessions.values() if s.stage in life.HOLDS_PORT]
     assert len(holders) == len(set(holders)), "two sessions hold one port"
 
 
@@ -220,16 +232,20 @@ def due(book: Book, live: Live) -> Event | None:
 def owed(book: Book, live: Live) -> tuple[Effect, ...]:
     """Everything owed now: exactly one of Deliver/Hold per configured port, then signatures and broadcasts."""
     effects: list[Effect] = [_owed_on_port(book, live, port) for port in sorted(live.policy.max_unacked_wh)]
-    pagination = book.records_signed
+    effects.extend(_owed_record(book))
     for session in book.sessions.values():
-        if session.register_mwh_begin is not None and not session.record_begin:
-            pagination += 1
-            effects.append(SignMeterRecord(session.session_id, "begin", pagination))
-        if session.register_mwh_end is not None and not session.record_end:
-            pagination += 1
-            effects.append(SignMeterRecord(session.session_id, "end", pagination))
         effects.extend(_owed_on_chain(session))
     return tuple(effects)
+
+
+def _owed_record(book: Book) -> tuple[Effect, ...]:
+    """One at a time: the next record's number is known only when this one is on disk, so no number is used twice."""
+    for session in book.sessions.values():
+        if session.register_mwh_begin is not None and not session.record_begin:
+            return (SignMeterRecord(session.session_id, "begin", book.records_signed + 1),)
+        if session.register_mwh_end is not None and not session.record_end:
+            return (SignMeterRecord(session.session_id, "end", book.records_signed + 1),)
+    return ()
 
 
 def _owed_on_port(book: Book, live: Live, port: str) -> Effect:

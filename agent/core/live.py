@@ -56,6 +56,9 @@ class PortLive:
     armed: bool = False  # the charger's own failsafe is armed and was read back
     at_target: bool = False  # the stop schedule landed on the order (within one counter step)
     held_ms: int = 0  # for how long a stop has been commanded without being seen open (rule 8)
+    offered: bool = (
+        False  # power was offered when this was read: seen open or not, it proves no rest (rule 1)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,10 @@ class Live:
             return self.started_at_s + (self.now_ms - self.started_at_ms) // 1000
         return self.header.timestamp_s + (self.now_ms - self.header.seen_at_ms) // 1000
 
+    def waited_s(self, since_s: int) -> int:
+        """For how long something has lasted while this life watched: a restart, or time that jumps over it, is no wait."""
+        return min(self.at_s - since_s, (self.now_ms - self.started_at_ms) // 1000)
+
     @property
     def view_age_s(self) -> int | None:
         """How long ago the newest header arrived; None before the first."""
@@ -100,10 +107,12 @@ class Live:
         return reading
 
     def rest_register_mwh(self, port: str) -> int | None:
-        """The register, if two fresh readings in a row saw the contactor open at the same value. Else None."""
+        """The register, if two readings in a row, without power offered, saw the contactor open at the same value. Else None."""
         reading = self.reading(port)
-        previous = self.ports[port].previous if reading is not None else None
-        if reading is None or previous is None or not (reading.seen_open and previous.seen_open):
+        if reading is None or self.ports[port].offered:
+            return None
+        previous = self.ports[port].previous
+        if previous is None or not (reading.seen_open and previous.seen_open):
             return None
         if reading.register_mwh is None or reading.register_mwh != previous.register_mwh:
             return None
@@ -130,6 +139,7 @@ class PortRead:
     armed: bool
     at_target: bool = False
     held_ms: int = 0
+    offered: bool = False  # the engine's word: it owed Deliver while this was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +173,8 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
     match update:
         case PortRead(port=port, reading=reading):
             before = live.ports.get(port, PortLive())
-            now = PortLive(reading, before.reading, update.armed, update.at_target, update.held_ms)
+            previous = None if before.offered or update.offered else before.reading
+            now = PortLive(reading, previous, update.armed, update.at_target, update.held_ms, update.offered)
             return replace(live, ports={**live.ports, port: now})
         case PortLost(port=port):
             before = live.ports.get(port, PortLive())
@@ -176,3 +187,10 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
             return replace(live, header=header)
         case Beat():
             return live
+
+
+def offered(live: Live, port: str) -> Live:
+    """Live from the moment power is offered on `port`: what was read before proves no rest any more (rule 1)."""
+    if port not in live.ports:
+        return live
+    return replace(live, ports={**live.ports, port: replace(live.ports[port], previous=None, offered=True)})

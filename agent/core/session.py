@@ -46,7 +46,7 @@ class Stage(StrEnum):
 
 S = Stage
 CLOSED = frozenset({S.SETTLED, S.LAPSED, S.STRANDED})
-HOLDS_PORT = frozenset({S.AUTHORISED, S.DELIVERING, S.PAUSED, S.STOPPING, S.ORPHANED})
+HOLDS_PORT = frozenset({S.AUTHORISED, S.DELIVERING, S.PAUSED, S.STOPPING})
 
 # stage -> event -> stages it may lead to. What is not listed changes nothing.
 TABLE: dict[Stage, dict[type[Event], frozenset[Stage]]] = {
@@ -61,6 +61,7 @@ TABLE: dict[Stage, dict[type[Event], frozenset[Stage]]] = {
         ev.ConnectionEndedSeen: frozenset({S.MATCHED}),
         ev.ConnectionEndedOrphaned: frozenset({S.MATCHED}),
         ev.ConnectionEndedBelieved: frozenset({S.SETTLED, S.STRANDED}),
+        ev.MeterRecordSigned: frozenset({S.MATCHED}),
     },
     S.AUTHORISED: {
         ev.TokenPresented: frozenset({S.AUTHORISED}),
@@ -123,12 +124,13 @@ TABLE: dict[Stage, dict[type[Event], frozenset[Stage]]] = {
     S.ORPHANED: {
         ev.ConnectedBelieved: frozenset({S.MATCHED, S.SETTLING}),
         ev.DeliveryPaused: frozenset({S.ORPHANED}),  # closes the segment the orphan interrupted
+        ev.DeliveryEnded: frozenset({S.ORPHANED}),  # the same, when it was not seen open in time (rule 8)
         ev.ReceiptCredited: frozenset({S.ORPHANED}),
         ev.SessionLapsed: frozenset({S.LAPSED}),
         ev.MeterRecordSigned: frozenset({S.ORPHANED}),
     },
     S.SETTLED: {ev.MeterRecordSigned: frozenset({S.SETTLED})},
-    S.LAPSED: {},
+    S.LAPSED: {ev.MeterRecordSigned: frozenset({S.LAPSED})},
     S.STRANDED: {ev.MeterRecordSigned: frozenset({S.STRANDED})},
 }
 
@@ -217,6 +219,15 @@ class Session:
         return None if self.presentation is None else self.presentation.port
 
     @property
+    def holds_port(self) -> bool:
+        """True while nobody else may use its port. An orphan keeps it only if it may still go on there."""
+        if self.stage is Stage.ORPHANED:
+            return self.segment_mwh_begin is not None or (
+                self.register_mwh_begin is not None and not self.end_intent
+            )
+        return self.stage in HOLDS_PORT
+
+    @property
     def end_intent(self) -> bool:
         """The one-way door: once true, this session is never energised again."""
         return self.energy_wh_delivered is not None
@@ -270,6 +281,8 @@ def hindrance(session: Session, live: Live) -> Hindrance | None:
         return Hindrance.RESERVE
     if live.view_age_s is None or live.view_age_s > policy.max_view_age_s:
         return Hindrance.VIEW_STALE
+    if live.at_s < session.terms.issued_at_s:
+        return Hindrance.VIEW_STALE  # a node still catching up serves old heads as fresh ones
     if live.at_s >= session.terms.valid_until_s - policy.validity_margin_s:
         return Hindrance.TOO_LATE
     if session.closing_at_s is not None or session.ended is not None:
@@ -333,14 +346,14 @@ def _due_paused(session: Session, live: Live, port_free: bool) -> Event | None: 
     if stop is not None:
         return stop
     why = hindrance(session, live)
-    if why is Hindrance.CREDIT and live.at_s - session.stage_at_s >= live.policy.receipt_timeout_s:
+    if why is Hindrance.CREDIT and live.waited_s(session.stage_at_s) >= live.policy.receipt_timeout_s:
         return _stop(session, live, StopReason.TIMEOUT, "no receipt came")
     return _begin(session, live)
 
 
 def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
-    assert session.port is not None and session.register_mwh_last is not None  # noqa: PT018
-    waited_s = live.at_s - session.stage_at_s
+    assert session.port is not None
+    waited_s = live.waited_s(session.stage_at_s)
     register_mwh = live.rest_register_mwh(session.port)
     if register_mwh is not None:
         delivered = session.energy_mwh_metered
@@ -350,8 +363,12 @@ def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None
         if all_acked or waited_s >= live.policy.final_receipt_wait_s:
             return ev.DeliveryEnded(live.at_s, session.session_id, register_mwh, seen_open=True)
         return None
-    if waited_s < live.policy.stop_deadline_s:
-        return None
+    return _ended_unseen(session, live) if waited_s >= live.policy.stop_deadline_s else None
+
+
+def _ended_unseen(session: Session, live: Live) -> Event:
+    """Rule 8's last step: the newest register we have, marked as not seen open."""
+    assert session.port is not None and session.register_mwh_last is not None  # noqa: PT018
     reading = live.ports[session.port].reading if session.port in live.ports else None
     last = session.register_mwh_last if session.segment_mwh_begin is None else session.segment_mwh_begin
     verified = last if reading is None or reading.register_mwh is None else max(last, reading.register_mwh)
@@ -363,6 +380,8 @@ def _due_orphaned(session: Session, live: Live, port_free: bool) -> Event | None
         register_mwh = live.rest_register_mwh(session.port)
         if register_mwh is not None:
             return ev.DeliveryPaused(live.at_s, session.session_id, register_mwh, "orphaned")
+        if live.waited_s(session.stage_at_s) >= live.policy.stop_deadline_s:
+            return _ended_unseen(session, live)
     if live.at_s >= session.terms.valid_until_s + live.policy.grace_s:
         return ev.SessionLapsed(live.at_s, session.session_id)
     return None
@@ -499,6 +518,10 @@ def _delivery_paused(session: Session, event: ev.DeliveryPaused) -> Session:
 def _stop_decided(session: Session, event: ev.StopDecided) -> Session:
     stopped = replace(session, stop_reason=event.stop_reason, stop_detail=event.detail)
     if session.stage in (S.MATCHED, S.AUTHORISED):
+        if session.register_mwh_last is not None:  # a begin record was written: it gets its end
+            stopped = replace(
+                stopped, register_mwh_end=session.register_mwh_last, end_at_s=event.at_s, end_seen_open=True
+            )
         return _with_end_intent(stopped)
     return replace(stopped, stage=S.STOPPING)
 
@@ -506,7 +529,8 @@ def _stop_decided(session: Session, event: ev.StopDecided) -> Session:
 def _with_end_intent(session: Session) -> Session:
     assert session.segment_mwh_begin is None
     delivered_wh = min(session.order_wh, energy_wh_floor(session.energy_mwh_metered))
-    return replace(session, stage=S.SETTLING, energy_wh_delivered=max(delivered_wh, session.energy_wh_acked))
+    stage = S.ORPHANED if session.stage is S.ORPHANED else S.SETTLING
+    return replace(session, stage=stage, energy_wh_delivered=max(delivered_wh, session.energy_wh_acked))
 
 
 def _delivery_ended(session: Session, event: ev.DeliveryEnded) -> Session:
@@ -548,7 +572,7 @@ def rematched(session: Session, terms: Terms, at_s: int) -> Session:
         return session  # not before the contactor was seen open
     stage = S.SETTLING if session.end_intent else S.MATCHED
     assert stage in TABLE[S.ORPHANED][ev.ConnectedBelieved]
-    return replace(session, terms=terms, stage=stage, stage_at_s=at_s)
+    return replace(session, terms=terms, stage=stage, stage_at_s=at_s, accepted_at_s=0)
 
 
 def _closing_seen(session: Session, event: ev.ConnectionClosingSeen) -> Session:
