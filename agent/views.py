@@ -1,9 +1,9 @@
-"""The book as others see it: status for the owner, telemetry for a broker, a line for systemd, a dict for a log.
+"""The book as others see it: status for the owner, telemetry for a broker, one line, one dict for a log.
 
 Rules
 * Pure: (book, live) in; text, integers and dicts out. Nothing here decides anything.
 * Privacy (PROTOCOL section 8): addresses are shortened; signatures, nonces, tokens, return addresses and raw
-  transactions never appear. Session ids and transaction hashes are on the chain for everybody: they stand in full.
+  transactions never appear. Session ids and transaction hashes are public on the chain: they stand in full.
 * What is shown of an event is a list of what may be shown. A field that nobody thought about is not shown.
 * Money is a decimal string, as in PROTOCOL's messages (it outgrows JavaScript); the rest are integers.
 
@@ -157,8 +157,8 @@ def _settlement_tx(one: Session) -> str | None:
 def telemetry(book: Book, live: Live) -> dict[str, str]:
     """Topic suffix -> payload, each one small. Empty payload: not known now (clears what a broker retained).
 
-    `state` and `port/<name>/state` are JSON; beside them one scalar a topic, as evcc reads it: W, kWh that never
-    go back, A/B/C, true/false.
+    `state` and `port/<name>/state` are JSON; beside them one scalar a topic, as evcc reads it: W, kWh that
+    never go back, A/B/C, true/false.
     """
     topics = {
         "state": _compact(

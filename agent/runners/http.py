@@ -1,0 +1,315 @@
+"""One local web server: the door's messages for phones at the plug, and the owner's status (PROTOCOL section 6).
+
+    GET  /v1/hello                     every port's current Hello, a JSON array (empty until we know the time)
+    POST /v1/present|receipt|stop      one message in (at most 4 KiB), one message out; header X-V2V-Sref
+    GET  /v1/session/{sref}            server-sent events: everything current, then what changes; `event:` is the type
+    GET  /status.json                  `views.status`, for the owner
+
+An `sref` here is 22 to 64 of A-Z a-z 0-9 - _: 16 random bytes the consumer chose, in hex or base64url. Names as short as
+a broker's user names are not taken, so that nobody can listen to a broker user's session here.
+The answer is always a protocol message. 200: accept, ack, status, final. A refusal has the status of STATUS_BY_REASON.
+
+Rules
+* Loopback unless the owner says otherwise. A foreign name as Host (DNS rebinding), or an Origin that is not us, is refused.
+* Everything a visitor can use up has a limit: connections, streams, time to speak, sizes. Money and safety never depend on this.
+* A bug in a handler is a bug: it ends `run`, it does not become a quiet 500.
+
+May not know: what messages mean (the door), MQTT, the charger, the chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import structlog
+from aiohttp import web
+
+from agent import views
+from agent.core.messages import MESSAGE_BYTES_MAX, Message, Refusal, encode
+from agent.door import Door
+from agent.engine import Engine
+from agent.errors import Misconfigured
+
+CONNECTIONS_MAX = 64  # each costs memory and a file handle; a plug has one or two phones at it
+CONNECTIONS_MAX_PER_SOURCE = 16  # one visitor cannot take them all; a browser opens six
+LINGER_S = 1.0  # for what is still coming of a body that was refused
+FIRST_REQUEST_S = 10.0  # who connects and does not finish a request by then only wants to hold the place
+BODY_WAIT_S = 5.0  # 4 KiB take longer only from somebody who trickles
+STREAMS_MAX = 32  # each is looked at with every change
+STREAMS_MAX_PER_SOURCE = 8
+HEARTBEAT_S = 15.0  # finds streams whose reader is gone
+WRITE_WAIT_S = 10.0  # a reader that takes nothing for so long is gone
+NEWS_INTERVAL_S = 0.1  # all streams share one look at the door's news, which signs readings
+KEEPALIVE_S = 15.0
+HEADER_BYTES_MAX = 2048  # of a line or a field
+HEADERS_MAX = 48  # browsers send about twenty
+SHUTDOWN_S = 1.0  # streams end by being cut; their readers reconnect
+
+STATUS_BY_REASON = {
+    "malformed": 400,
+    "bad_signature": 403,
+    "wrong_signer": 403,
+    "wrong_provider": 403,
+    "wrong_token": 403,
+    "unknown_session": 404,
+    "unknown_charger": 404,
+    "not_yet_seen": 404,
+    "not_yet_confirmed": 404,
+    "expired": 410,
+    "too_late": 410,
+    "rate_limited": 429,
+    "out_of_order": 503,
+}
+STATUS_OF_OTHER_REASONS = (
+    409  # stale_hello, replayed, busy, over_order, ahead_of_meter, ...: try again, but otherwise
+)
+
+SREF = re.compile(r"[A-Za-z0-9_-]{22,64}")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = structlog.get_logger(__name__)
+
+
+class HttpRunner:
+    """Serves one address. `url` is known once `listening` is set (port 0 lets the system choose)."""
+
+    def __init__(self, engine: Engine, door: Door, host: str, port: int) -> None:
+        self._engine, self._door, self._host, self._port = engine, door, host, port
+        self._strangers: dict[web.RequestHandler, float] = {}  # connected, no request yet; since when
+        self._streams: Counter[str] = Counter()
+        self._news: tuple[float, tuple[tuple[str, Message], ...]] = (float("-inf"), ())
+        self._bug: asyncio.Future[NoReturn] | None = None
+        self.listening = asyncio.Event()
+        self.url = ""
+
+    async def run(self) -> NoReturn:
+        """For ever: serve. Raises Misconfigured when the address cannot be had."""
+        self._bug = asyncio.get_running_loop().create_future()
+        runner = web.AppRunner(
+            self._application(),
+            access_log=None,  # who stood at the plug is nobody's business
+            keepalive_timeout=KEEPALIVE_S,
+            max_line_size=HEADER_BYTES_MAX,
+            max_field_size=HEADER_BYTES_MAX,
+            max_headers=HEADERS_MAX,
+            lingering_time=LINGER_S,
+            auto_decompress=False,  # nothing of ours is compressed, so nothing can unfold
+            shutdown_timeout=SHUTDOWN_S,
+        )
+        await runner.setup()
+        assert runner.server is not None
+        try:
+            server = await self._listen(runner.server)
+            async with server:
+                self.listening.set()
+                log.info("http.up", url=self.url)
+                while True:
+                    self._show_out_strangers()
+                    await asyncio.wait([self._bug], timeout=1.0)
+                    if self._bug.done():
+                        self._bug.result()
+        finally:
+            await runner.cleanup()
+
+    async def _listen(self, protocol: web.Server) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        try:
+            server = await loop.create_server(
+                lambda: _Doorman(protocol, self._strangers), self._host, self._port
+            )
+        except OSError as error:
+            raise Misconfigured(
+                f"cannot listen on {self._host}:{self._port}: {error.strerror or error}",
+                remedy="stop the program that uses it, or choose another [http] listen",
+            ) from error
+        host, port = server.sockets[0].getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return server
+
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[self._guard], client_max_size=MESSAGE_BYTES_MAX)
+        app.on_response_prepare.append(_with_headers)
+        app.add_routes(
+            [
+                web.get("/v1/hello", self._hello),
+                web.post("/v1/{kind:present|receipt|stop}", self._ask),
+                web.get("/v1/session/{sref}", self._stream),
+                web.get("/status.json", self._status),
+            ]
+        )
+        return app
+
+    # ---- requests
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Before anything else: is this request meant for us, and by a page of ours?"""
+        self._strangers.pop(request.protocol, None)
+        if not _is_our_name(request.host, self._host):
+            raise web.HTTPMisdirectedRequest(text="Use this machine's IP address, or localhost.\n")
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            raise web.HTTPForbidden(text="This door does not answer to pages of another site.\n")
+        return await handler(request)
+
+    async def _hello(self, request: web.Request) -> web.StreamResponse:
+        with self._no_bugs():
+            known = self._engine.live.header is not None  # else we do not know until when a Hello is good
+            hellos = [encode(self._door.hello(port)) for port in self._door.ports] if known else []
+        return web.Response(body=b"[" + b",".join(hellos) + b"]", content_type="application/json")
+
+    async def _ask(self, request: web.Request) -> web.StreamResponse:
+        sref = request.headers.get("X-V2V-Sref", "")
+        if not SREF.fullmatch(sref):
+            return _answer(Refusal("malformed", "the header X-V2V-Sref is not 22 to 64 of A-Z a-z 0-9 - _"))
+        try:
+            async with asyncio.timeout(BODY_WAIT_S):
+                data = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout from None
+        except web.HTTPRequestEntityTooLarge:
+            return _answer(Refusal("malformed", f"longer than {MESSAGE_BYTES_MAX} bytes"), 413)
+        with self._no_bugs():
+            return _answer(self._door.answer(sref, f"http:{request.remote}", data))
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        with self._no_bugs():
+            return web.json_response(views.status(self._engine.book, self._engine.live))
+
+    # ---- streams
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        sref, source = request.match_info["sref"], str(request.remote)
+        if not SREF.fullmatch(sref):
+            return _answer(Refusal("malformed", "a session's address is 22 to 64 of A-Z a-z 0-9 - _"))
+        if self._streams.total() >= STREAMS_MAX or self._streams[source] >= STREAMS_MAX_PER_SOURCE:
+            return _answer(Refusal("rate_limited", "too many open streams; close one, or poll"))
+        self._streams[source] += 1
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError, TimeoutError):  # the reader is gone, or takes nothing
+                await self._follow(sref, response)
+            return response
+        finally:
+            self._streams[source] -= 1
+            self._streams += Counter()  # forgets sources without a stream
+
+    async def _follow(self, sref: str, response: web.StreamResponse) -> NoReturn:
+        told: dict[tuple[type[Message], bytes], Message] = {}
+        while True:
+            changed = self._engine.changed
+            news = {
+                (type(message), getattr(message, "session_id", b"")): message
+                for to, message in self._newest()
+                if to == sref
+            }
+            fresh = [_sse(message) for key, message in news.items() if told.get(key) != message]
+            told = news
+            if fresh:
+                await _write(response, b"".join(fresh))
+            await asyncio.sleep(NEWS_INTERVAL_S)
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await changed.wait()
+            except TimeoutError:
+                await _write(response, b":\n\n")
+
+    def _newest(self) -> tuple[tuple[str, Message], ...]:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._news[0] >= NEWS_INTERVAL_S:
+            with self._no_bugs():
+                self._news = (now_s, self._door.news())
+        return self._news[1]
+
+    # ---- limits and bugs
+
+    def _show_out_strangers(self) -> None:
+        """Close connections that never finished a first request: aiohttp itself waits for ever."""
+        now_s = asyncio.get_running_loop().time()
+        for handler, since_s in list(self._strangers.items()):
+            if handler.transport is None or now_s - since_s > FIRST_REQUEST_S:
+                del self._strangers[handler]
+                handler.force_close()
+
+    @contextlib.contextmanager
+    def _no_bugs(self) -> Iterator[None]:
+        """Around our own code only: aiohttp would turn a failed journal into a 500 and go on; we must not go on."""
+        try:
+            yield
+        except Exception as bug:
+            if self._bug is not None and not self._bug.done():
+                self._bug.set_exception(bug)
+            raise
+
+
+class _Doorman(asyncio.Protocol):
+    """Lets a connection in to aiohttp, or not at all, before any of its bytes are read."""
+
+    def __init__(self, server: web.Server, strangers: dict[web.RequestHandler, float]) -> None:
+        self._server, self._strangers = server, strangers
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        source = _source(transport)
+        others = [_source(handler.transport) for handler in self._server.connections]
+        if len(others) >= CONNECTIONS_MAX or others.count(source) >= CONNECTIONS_MAX_PER_SOURCE:
+            transport.abort()
+            return
+        handler = self._server()
+        self._strangers[handler] = asyncio.get_running_loop().time()
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+
+
+def _source(transport: asyncio.BaseTransport | None) -> str:
+    peer = None if transport is None else transport.get_extra_info("peername")
+    return "" if peer is None else str(peer[0])
+
+
+def _is_our_name(host_header: str, listen_host: str) -> bool:
+    """An IP address, localhost, or the name we were told to listen on: what a rebinding page cannot be called."""
+    try:
+        host = urlsplit(f"//{host_header}").hostname or ""
+        if host in ("localhost", listen_host.lower()):
+            return True
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _answer(message: Message, status: int | None = None) -> web.Response:
+    headers = {}
+    if status is None:
+        reason = message.reason if isinstance(message, Refusal) else None
+        status = 200 if reason is None else STATUS_BY_REASON.get(reason, STATUS_OF_OTHER_REASONS)
+        if status == 429:
+            headers["Retry-After"] = "1"
+    return web.Response(body=encode(message), status=status, content_type="application/json", headers=headers)
+
+
+def _sse(message: Message) -> bytes:
+    return b"event: " + message.TYPE.encode() + b"\ndata: " + encode(message) + b"\n\n"
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    async with asyncio.timeout(WRITE_WAIT_S):
+        await response.write(data)
+
+
+async def _with_headers(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
