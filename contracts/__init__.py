@@ -29,7 +29,9 @@ class Artefact:
 
     def matches_deployed(self, code: bytes) -> bool:
         """True if `code` (eth_getCode) is this contract, whatever its immutables (the market's parameters) are."""
-        return len(code) == len(self.deployed_bytecode) and self._masked(code) == self._masked(self.deployed_bytecode)
+        return len(code) == len(self.deployed_bytecode) and self._masked(code) == self._masked(
+            self.deployed_bytecode
+        )
 
     def _masked(self, code: bytes) -> bytes:
         masked = bytearray(code)
@@ -50,6 +52,8 @@ def load_artefact(contract: str = "V2VCharging") -> Artefact:
         abi=data["abi"],
         bytecode=bytes.fromhex(data["bytecode"].removeprefix("0x")),
         deployed_bytecode=bytes.fromhex(data["deployedBytecode"].removeprefix("0x")),
-        immutable_references=tuple((place["start"], place["length"]) for place in data["immutableReferences"]),
+        immutable_references=tuple(
+            (place["start"], place["length"]) for place in data["immutableReferences"]
+        ),
         storage_layout=data["storageLayout"],
     )

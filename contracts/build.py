@@ -93,7 +93,12 @@ def build() -> str:
             key=lambda place: place["start"],
         ),
         "storageLayout": [
-            {"slot": int(item["slot"]), "offset": item["offset"], "label": item["label"], "type": item["type"]}
+            {
+                "slot": int(item["slot"]),
+                "offset": item["offset"],
+                "label": item["label"],
+                "type": item["type"],
+            }
             for item in contract["storageLayout"]["storage"]
         ],
     }
@@ -103,17 +108,17 @@ def build() -> str:
 def main(arguments: list[str]) -> int:
     """0: written, or equal with `--check`. 1: stale, or it could not be built. 2: usage."""
     if arguments not in ([], ["--check"]):
-        print("usage: python -m contracts.build [--check]", file=sys.stderr)
+        sys.stderr.write("usage: python -m contracts.build [--check]\n")
         return 2
     try:
         text = build()
     except BuildError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     if not arguments:
         ARTEFACT.write_text(text)
     elif not ARTEFACT.exists() or ARTEFACT.read_text() != text:
-        print(f"{ARTEFACT.name} is stale; run `python -m contracts.build`", file=sys.stderr)
+        sys.stderr.write(f"{ARTEFACT.name} is stale; run `python -m contracts.build`\n")
         return 1
     return 0
 

@@ -201,9 +201,10 @@ interface IV2VCharging {
     event AuctionEnded(address indexed consumer, uint64 indexed auctionNonce, address indexed provider, uint128 rate);
     event AuctionCancelled(address indexed consumer, uint64 indexed auctionNonce);
 
-    /// @notice The paper's event. `validity` is the absolute expiry. The provider stands first here and in the three
-    /// events below, so that one log filter follows all of a provider's sessions.
+    /// @notice The paper's event. `validity` is the absolute expiry.
     event Connected(address indexed EVP, address indexed EVC, bytes32 indexed token, uint256 validity);
+    /// @notice Comes with every `Connected`. The provider is the last topic here and in the three events below, so that
+    /// one log filter follows all of a provider's sessions.
     event SessionOpened(
         bytes32 indexed sessionId,
         bytes32 indexed token,
@@ -217,12 +218,12 @@ interface IV2VCharging {
         uint64 issuedAt,
         uint64 validity
     );
-    event ReceiptAccepted(address indexed provider, address indexed consumer, bytes32 indexed token, uint64 claimedWh);
+    event ReceiptAccepted(bytes32 indexed token, address indexed consumer, address indexed provider, uint64 claimedWh);
     event ConnectionClosing(
-        address indexed provider, address indexed consumer, bytes32 indexed token, uint64 claimedWh, uint64 closeAt
+        bytes32 indexed token, address indexed consumer, address indexed provider, uint64 claimedWh, uint64 closeAt
     );
     event ConnectionEnded(
-        address indexed provider, address indexed consumer, bytes32 indexed token, uint64 deliveredWh, uint256 fee
+        bytes32 indexed token, address indexed consumer, address indexed provider, uint64 deliveredWh, uint256 fee
     );
 
     // ----------------------------------------------------- organisation (owner)

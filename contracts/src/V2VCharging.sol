@@ -254,7 +254,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         _requireProof(s, consumer, provider, deliveredWh, ack);
         if (deliveredWh <= s.claimedWh()) return;
         _sessions[token] = s.withClaim(deliveredWh);
-        emit ReceiptAccepted(provider, consumer, token, deliveredWh);
+        emit ReceiptAccepted(token, consumer, provider, deliveredWh);
     }
 
     /// @inheritdoc IV2VCharging
@@ -533,7 +533,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
             return;
         }
         _sessions[token] = s;
-        emit ConnectionClosing(provider, consumer, token, uint64(s.claimedWh()), uint64(s.settleAt()));
+        emit ConnectionClosing(token, consumer, provider, uint64(s.claimedWh()), uint64(s.settleAt()));
     }
 
     /// @dev Pays what is claimed, once: the word is cleared first, and a token can never open again.
@@ -544,7 +544,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         uint256 bond = _bondOf(cost);
         _creditProvider(provider, fee + bond, bond, s.operatorBond());
         _credit(consumer, cost - fee);
-        emit ConnectionEnded(provider, consumer, token, uint64(s.claimedWh()), fee);
+        emit ConnectionEnded(token, consumer, provider, uint64(s.claimedWh()), fee);
     }
 
     function _requireProof(SessionWord s, address consumer, address provider, uint256 deliveredWh, Ack calldata ack)
