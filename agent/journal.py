@@ -20,11 +20,12 @@ import os
 import sqlite3
 import types
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NewType, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from agent.core import events as ev
 from agent.core.book import Book, step
@@ -55,19 +56,20 @@ class Journal:
             "provider": hex0x(provider),
         }
         self._domain, self._provider = domain, provider
-        self._lock: IO[str] | None = None if read_only else _locked(path)
-        try:
-            self._db = _opened(path, read_only=read_only)
-            self._check_identity(read_only=read_only)
-        except sqlite3.Error as error:
-            self._unlock()
-            raise Misconfigured(
-                f"the journal {path} cannot be opened: {error}",
-                remedy="check the disk and the file's permissions; keep the file, it holds signed receipts",
-            ) from error
-        except Misconfigured:
-            self._unlock()
-            raise
+        with ExitStack() as held:  # gives lock and file back when opening fails half-way
+            if not read_only:
+                held.enter_context(_locked(path))
+            try:
+                self._db = held.enter_context(closing(_connected(path, read_only=read_only)))
+                if not read_only:
+                    _prepare(self._db)
+                self._check_identity(read_only=read_only)
+            except sqlite3.Error as error:
+                raise Misconfigured(
+                    f"the journal {path} cannot be opened: {error}",
+                    remedy="check the disk and the file's permissions; keep the file, it holds signed receipts",
+                ) from error
+            self._held = held.pop_all()
 
     def append(self, event: Event) -> None:
         """Write one event; on return it survives power loss. Raises sqlite3.Error: the caller must crash, not go on."""
@@ -96,13 +98,7 @@ class Journal:
 
     def close(self) -> None:
         """Give file and lock back."""
-        self._db.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     def _check_identity(self, *, read_only: bool) -> None:
         found = dict(self._db.execute("SELECT key, value FROM identity"))
@@ -137,20 +133,21 @@ def _locked(path: Path) -> IO[str]:
     return lock
 
 
-def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
+def _connected(path: Path, *, read_only: bool) -> sqlite3.Connection:
     if read_only:
         return sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
         )
-    existed = path.exists()
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    if not path.exists():
+        path.touch(mode=0o600)  # before SQLite: its -wal and -shm files take over this mode
+        _sync_directory(path.parent)
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+
+
+def _prepare(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.executescript(_TABLES)
-    if not existed:
-        path.chmod(0o600)
-        _sync_directory(path.parent)
-    return db
 
 
 def _sync_directory(directory: Path) -> None:
@@ -179,7 +176,7 @@ def _encoded(value: object) -> Any:
 def _decoded_event(path: Path, seq: int, kind: str, body: str) -> Event:
     try:
         event = _decoded(ev.KINDS[kind], json.loads(body))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise Misconfigured(
             f"row {seq} of the journal {path} ({kind}) cannot be read by this version: {error!r}",
             remedy="start the version that wrote it, or restore the newest backup; do not delete the journal",
@@ -210,4 +207,8 @@ def _decoded(kind: Any, value: Any) -> Any:
         return kind(**{name: _decoded(hints[name], item) for name, item in value.items()})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(value)
+    if kind in (int, str, bool) and type(value) is not kind:
+        raise TypeError(value)
     return value
