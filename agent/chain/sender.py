@@ -24,6 +24,7 @@ from agent.core.units import Address, TxHash, hex0x, short
 from agent.errors import Refused, Transient
 
 GAS_MARGIN_PERCENT = 25  # the state moves between estimate and block: outbidding costs more than a first bid
+GAS_TRANSFER = 21_000  # the least any transaction costs
 BASE_FEE_MULTIPLE = 2  # survives five full blocks in a row, each raising the base fee by an eighth
 RECEIPT_POLL_S = 0.5
 
@@ -118,13 +119,15 @@ class Sender:
         the contract's error name, "unfunded" or "fee_cap"; Transient.
         """
         fees = await self._node.fees()
-        balance_wei = await self._node.balance(self.address)
-        if balance_wei <= value_wei:
-            raise self._unfunded(balance_wei, value_wei + 21_000 * fees.base_fee_wei)
-        if gas_limit is None:
-            gas_limit = await self._gas_limit(to, data, value_wei)
         tip = fees.priority_fee_wei
         wanted, needed = BASE_FEE_MULTIPLE * fees.base_fee_wei + tip, fees.base_fee_wei + tip
+        balance_wei = await self._node.balance(self.address)
+        if balance_wei <= value_wei:  # the estimate would fail without saying how much is missing
+            raise self._unfunded(
+                balance_wei, value_wei + (gas_limit or self._with_margin(GAS_TRANSFER)) * wanted
+            )
+        if gas_limit is None:
+            gas_limit = await self._gas_limit(to, data, value_wei)
         max_fee = _capped(wanted, needed, self._ceiling(gas_limit, cost_wei_max))
         if balance_wei < value_wei + gas_limit * max_fee:
             raise self._unfunded(balance_wei, value_wei + gas_limit * max_fee)
@@ -164,7 +167,10 @@ class Sender:
             estimate = await self._node.estimate_gas(self.address, to, data, value_wei)
         except Reverted as reverted:
             raise self._named(reverted) from reverted
-        return estimate + estimate * self._policy.gas_margin_percent // 100
+        return self._with_margin(estimate)
+
+    def _with_margin(self, gas: int) -> int:
+        return gas + gas * self._policy.gas_margin_percent // 100
 
     def _signed(self, transaction: dict[str, Any], max_fee: int, tip: int) -> SignedTx:
         raw_tx = self._signer.sign_transaction(

@@ -166,6 +166,8 @@ class Devnet:
     async def hang_up(self, code: int = WSCloseCode.GOING_AWAY) -> None:
         """Close every WebSocket politely (1000, 1001, ...), as a node does that is being updated."""
         for client in tuple(self._clients):
+            while not client.unsent.empty():  # what was announced is still said
+                await client.socket.send_str(client.unsent.get_nowait())
             await client.socket.close(code=code)
 
     @property
@@ -202,11 +204,13 @@ class Devnet:
         return self.evm.head
 
     def reorg(self, depth: int, blocks: int | None = None) -> Mined:
-        """Replace the newest `depth` blocks by `blocks` others (default one more); their transactions are
+        """Replace the newest `depth` blocks by `blocks` others (default one more). Their transactions are
         mined again, at another time. As with anvil, subscribers see only new heads, no `removed` logs.
         """
-        self.evm.drop(depth)
-        return self.mine(depth + 1 if blocks is None else blocks)
+        first_dropped = self.evm.drop(depth)[0]
+        # A second later: an empty block at the same time would be the same block again.
+        self._announce(self.evm.mine(max(self.methods.now_s, int(first_dropped.header.timestamp) + 1)))
+        return self.mine((depth + 1 if blocks is None else blocks) - 1)
 
     async def _mine_for_ever(self) -> None:
         while True:
