@@ -2,10 +2,10 @@
 
 Rules
 * Each line is an event with a stable id ("session.settled", "mqtt.down") and fields; prose is for humans, ids are for searches.
-* Three forms: a console for a terminal; journald's own protocol under systemd, so that `journalctl V2V_SESSION=0x...` works; else
-  JSON lines. Libraries that use the standard `logging` end in the same stream.
 * Three forms: a console for a terminal; journald's own protocol under systemd (so `journalctl V2V_SESSION=0x...` works); else
-  field and in tracebacks. The first line is not to log them.
+  JSON lines. Libraries that use the standard `logging` end in the same stream.
+* The last line of defence for privacy (PROTOCOL section 8): addresses are shortened, signatures and raw bytes blacked out, in
+  every field and in tracebacks. The first line is not to log them.
 * The wall clock stands here and nowhere else.
 
 May not know: sessions, keys. A leaf: only the composition root and the command lines call `configure`.
