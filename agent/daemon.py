@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -19,10 +20,13 @@ from typing import Protocol
 
 import structlog
 
+from agent import views
 from agent.chain import contract
 from agent.chain.node import Node, Web3Node, check_deployment
 from agent.chain.sender import Sender
 from agent.config import AgentConfig, PortConfig
+from agent.core.book import Book
+from agent.core.events import Event
 from agent.core.live import Beat, Policy
 from agent.core.record import MeterIdentity
 from agent.core.token import Domain
@@ -43,7 +47,7 @@ from agent.runners.chain_send import ChainSend
 from agent.runners.chain_watch import ChainWatch, WatchSettings
 from agent.runners.charger import ChargerRunner
 from agent.runners.http import HttpRunner
-from agent.runners.mqtt import MqttRunner, MqttSettings
+from agent.runners.mqtt import BrokerAddress, MqttRunner
 from agent.runners.systemd import SystemdRunner
 from contracts import load_artefact
 from firmware_bridge.charger import BridgeError, Charger, Identity, MapError
@@ -116,7 +120,7 @@ async def _start(
     require_different_keys(signer, meter_signer)
     node = await stack.enter_async_context(_node(config))
     grace_s = await _check_market(node, config, signer)
-    engine = Engine(journal, _policy(config, grace_s), monotonic_ms)
+    engine = Engine(journal, _policy(config, grace_s), monotonic_ms, _log_event)
     door = Door(engine, domain, provider, signer, tuple(p.config.name for p in ports), os.urandom)
     runners = _runners(config, environ, engine, door, node, signer, meter_signer, ports)
     log.info("agent.started", provider=short(provider), ports=[p.config.name for p in ports])
@@ -284,10 +288,12 @@ def _runners(
         *chargers,
         ChainWatch(engine, node, domain, provider, settings, time.monotonic),
         ChainSend(engine, node, sender, domain.contract),
-        SystemdRunner(engine, environ, lambda: [charger.beat_at_ms for charger in chargers], monotonic_ms),
+        SystemdRunner(
+            engine, lambda: {charger.port: charger.beat_at_ms for charger in chargers}, monotonic_ms, environ
+        ),
     ]
     if config.mqtt is not None:
-        runners.append(MqttRunner(engine, door, provider, _mqtt_settings(config, environ)))
+        runners.append(MqttRunner(engine, door, provider, _broker(config, environ)))
     if config.http.enabled:
         runners.append(HttpRunner(engine, door, config.http.host, config.http.port))
     return runners
@@ -307,17 +313,18 @@ def _charger_runner(engine: Engine, port: _Port, meter_signer: MeterSigner) -> C
     )
 
 
-def _mqtt_settings(config: AgentConfig, environ: Mapping[str, str]) -> MqttSettings:
+def _broker(config: AgentConfig, environ: Mapping[str, str]) -> BrokerAddress:
     mqtt = config.mqtt
     assert mqtt is not None
     password = None
     if mqtt.password_credential is not None:
         password = load_password(mqtt.password_credential, environ=environ)
-    return MqttSettings(
-        host=mqtt.host,
-        port=mqtt.port,
-        username=mqtt.username,
-        password=password,
-        keepalive_s=mqtt.keepalive_s,
-        tls=mqtt.tls,
-    )
+    tls = ssl.create_default_context() if mqtt.tls else None
+    return BrokerAddress(mqtt.host, mqtt.port, mqtt.username, password, mqtt.keepalive_s, tls)
+
+
+def _log_event(event: Event, before: Book, after: Book) -> None:
+    """Every fact becomes one line, every change of stage another; neither shows what is private."""
+    for fields in (views.describe(event), *views.stage_changes(before, after)):
+        name = fields.pop("event")
+        log.info(name, **fields)

@@ -26,9 +26,16 @@ DUE_MAX = 256  # one update makes at most a few events due per session; more mea
 class Engine:
     """The book, in memory and on disk, and what is true now."""
 
-    def __init__(self, journal: Journal, policy: Policy, monotonic_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        policy: Policy,
+        monotonic_ms: Callable[[], int],
+        told: Callable[[Event, Book, Book], None] = lambda event, before, after: None,  # noqa: ARG005 - for logs
+    ) -> None:
         self._journal = journal
         self._monotonic_ms = monotonic_ms
+        self._told = told
         self.book: Book = journal.replay()
         now_ms = monotonic_ms()
         self.live = Live(
@@ -38,9 +45,8 @@ class Engine:
             started_at_ms=now_ms,
             now_ms=now_ms,
         )
-        self.changed = (
-            asyncio.Event()
-        )  # replaced at every change: take it, look at the book, then wait for it
+        # Replaced at every change: take it, look at the book, then wait for it.
+        self.changed = asyncio.Event()
         self.beat_at_ms = now_ms  # when `observe` last ran to its end: the watchdog looks at this
 
     def accept(self, event: Event) -> bool:
@@ -49,10 +55,11 @@ class Engine:
         if after is self.book:
             return False
         self._journal.append(event)
-        self.book = after
+        before, self.book = self.book, after
         if isinstance(event, DeliveryBegan):
             self.live = offered(self.live, after.sessions[event.session_id].port or "")
         self._wake()
+        self._told(event, before, after)
         return True
 
     def observe(self, update: Update) -> None:

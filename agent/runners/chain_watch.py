@@ -166,7 +166,9 @@ class ChainWatch:
     async def _take_opened(self, raw: RawLog, entry: contract.SessionOpened) -> None:
         known = self._engine.book.sessions.get(entry.session_id)
         pending = self._engine.book.pending.get(entry.session_id)
-        if raw.block_hash in {t.block_hash for t in (known and known.terms, pending) if t is not None}:
+        if (known is not None and known.terms.block_hash == raw.block_hash) or (
+            pending is not None and pending.block_hash == raw.block_hash
+        ):
             return
         block = await self._node.header(raw.block_hash)
         if block is None:
@@ -273,8 +275,7 @@ class ChainWatch:
             self._accept(ev.BlocksScanned(self._engine.at_s, head.number, head.block_hash))
 
     def _accept(self, event: ev.Event) -> None:
-        if self._engine.accept(event):
-            log.info("chain.event", kind=type(event).__name__, at_s=event.at_s)
+        self._engine.accept(event)
 
 
 async def _next_hint(hints: AsyncIterator[Hint]) -> None:

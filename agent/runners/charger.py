@@ -57,7 +57,7 @@ class ChargerRunner:
         meter_signer: MeterSigner,
         monotonic_ms: Callable[[], int],
     ) -> None:
-        self._engine, self._port, self._charger = engine, port, charger
+        self._engine, self.port, self._charger = engine, port, charger
         self._failsafe_timeout_s = failsafe_timeout_s
         self._meter, self._meter_signer, self._monotonic_ms = meter, meter_signer, monotonic_ms
         self._stop_model = stop_model
@@ -65,11 +65,7 @@ class ChargerRunner:
         self._plan = NO_PLAN
         self._armed = False
         self._held_since_ms: int | None = None  # since when a stop is commanded and not seen obeyed
-        self.beat_at_ms = monotonic_ms()  # the newest complete good beat: the watchdog looks at this
-
-    async def make_safe(self) -> None:
-        """Power off, before anything else. Raises BridgeError when the charger cannot be reached."""
-        await self._charger.hold()
+        self.beat_at_ms = monotonic_ms()  # the newest complete beat, or handled wire error: the watchdog looks at this
 
     async def run(self) -> None:
         """For ever: beat. A wire error ends the beat, never the loop."""
@@ -82,9 +78,10 @@ class ChargerRunner:
                 await self._beat()
                 wait_s = RECONNECT_S[0]
             except BridgeError as error:
-                log.warning("charger.lost", port=self._port, error=str(error))
+                log.warning("charger.lost", port=self.port, error=str(error))
                 self._armed = False
-                self._engine.observe(PortLost(self._port))
+                self._engine.observe(PortLost(self.port))
+                self.beat_at_ms = self._monotonic_ms()
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RECONNECT_S[1])
             next_s = max(next_s + interval_s, loop.time() - LATE_BEATS_MAX * interval_s)
@@ -97,6 +94,8 @@ class ChargerRunner:
         return loop.time() + (self._plan.stop_at_ms - self._monotonic_ms()) / 1000
 
     async def _beat(self) -> None:
+        if self._plan.stop_at_ms is not None and self._monotonic_ms() >= self._plan.stop_at_ms:
+            await self._act()  # the scheduled stop goes before the reading: a reading takes up to 0.1 s on a serial line
         reading = await self._charger.read()
         self._planner.observe(reading)
         if not self._armed and self._may_arm():
@@ -114,9 +113,9 @@ class ChargerRunner:
 
     def _owed(self) -> Deliver | Hold:
         for effect in self._engine.owed():
-            if isinstance(effect, Deliver | Hold) and effect.port == self._port:
+            if isinstance(effect, Deliver | Hold) and effect.port == self.port:
                 return effect
-        raise AssertionError(f"nothing owed on {self._port}")
+        raise AssertionError(f"nothing owed on {self.port}")
 
     async def _act(self) -> None:
         effect = self._owed()
@@ -147,13 +146,13 @@ class ChargerRunner:
             if error.name != "hold_not_obeyed":
                 raise
             # Go on reading: held_ms grows, and the core then asks for more firmness.
-            log.warning("charger.hold_not_obeyed", port=self._port, error=str(error))
+            log.warning("charger.hold_not_obeyed", port=self.port, error=str(error))
         if firmness is Firmness.HOLD:
             return
         self._armed = False
         await self._charger.lock()
         if firmness is Firmness.CUT_OFF:
-            log.error("charger.cut_off", port=self._port)
+            log.error("charger.cut_off", port=self.port)
             await self._charger.cut_off()
 
     def _report(self, reading: Reading) -> None:
@@ -163,7 +162,7 @@ class ChargerRunner:
         held_ms = 0 if self._held_since_ms is None else now_ms - self._held_since_ms
         self._engine.observe(
             PortRead(
-                self._port,
+                self.port,
                 _core_reading(reading),
                 armed=self._armed,
                 at_target=self._plan.reached,
@@ -175,7 +174,7 @@ class ChargerRunner:
         for effect in self._engine.owed():
             if isinstance(effect, SignMeterRecord):
                 session = self._engine.book.sessions[effect.session_id]
-                if session.port != self._port:
+                if session.port != self.port:
                     continue
                 payload = record.payload(session, effect.moment, effect.pagination, self._meter)
                 signed = record.record(payload, self._meter_signer.sign_sha256(payload.encode()))
