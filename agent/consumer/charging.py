@@ -17,9 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agent.consumer.journal import ReceiptSigned
-from agent.consumer.plug import Plug, Settlement, TokenChanged
+from agent.consumer.plug import Plug, Settlement, Step, TokenChanged
 from agent.consumer.policy import Patience, Reason, Sign, Situation, decide
-from agent.consumer.progress import Step
 from agent.core import token as rules
 from agent.core.messages import (
     AckMessage,
@@ -68,7 +67,8 @@ class Charging:
     _patience: Patience = field(default_factory=Patience)
     _trouble: str = ""
     _posted_ms: int = 0  # when the newest receipt, or the stop, went out
-    _chain_ms: int | None = None
+    _chain_ms: int | None = None  # the last look at the chain; None: look now
+    _look: asyncio.Task[Settlement | None] | None = None
     _alive_ms: int = 0
     _presented_ms: int = 0
 
@@ -83,13 +83,17 @@ class Charging:
         assert since_s is not None, "energy flows after a presentation"
         self._presented_ms = plug.now_ms() - 1000 * max(0, plug.journal.at_s - since_s)
         await self._repeat()
-        while True:
-            message = await plug.next(TICK_S)
-            if message is not None:
-                await self._take(message)
-            settlement = await self._tick()
-            if settlement is not None:
-                return await self._ended(settlement)
+        try:
+            while True:
+                message = await plug.next(TICK_S)
+                if message is not None:
+                    await self._take(message)
+                settlement = await self._tick()
+                if settlement is not None:
+                    return await self._ended(settlement)
+        finally:
+            if self._look is not None:
+                self._look.cancel()
 
     # ---- messages
 
@@ -188,12 +192,9 @@ class Charging:
                 await self._post_stop()
             elif self.plug.errand.energy_wh_signed > self._acked_wh:
                 await self._repeat()
-        if self._chain_ms is None or now_ms - self._chain_ms >= waits.chain_poll_s * 1000:
-            self._chain_ms = now_ms
-            return await self._look_at_chain()
         if now_ms - self._alive_ms >= waits.silence_s * 1000:
             raise self._silent()
-        return None
+        return self._chain_news(now_ms)
 
     @property
     def _wants_stop(self) -> bool:
@@ -206,6 +207,17 @@ class Charging:
         request = rules.StopRequest(plug.terms.session_id, plug.journal.at_s)
         signature = plug.session_key.sign_digest(rules.digest(plug.domain, request))
         await plug.carrier.post("stop", encode(Stop(request.session_id, request.at_s, signature)))
+
+    def _chain_news(self, now_ms: int) -> Settlement | None:
+        """Look at the chain beside the messages: a slow node must not delay a receipt."""
+        if self._look is not None and self._look.done():
+            look, self._look = self._look, None
+            return look.result()
+        due = self._chain_ms is None or now_ms - self._chain_ms >= self.plug.waits.chain_poll_s * 1000
+        if self._look is None and due:
+            self._chain_ms = now_ms
+            self._look = asyncio.create_task(self._look_at_chain(), name="consumer-look")
+        return None
 
     async def _look_at_chain(self) -> Settlement | None:
         chain, terms = self.plug.chain, self.plug.terms

@@ -118,8 +118,16 @@ class ReceiptSigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Conceded:
+    """We are about to end the connection ourselves for this much: from now on the contract may pay it."""
+
+    at_s: int
+    energy_wh: int
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
-    """The errand is over: `settled`, `cancelled`, `no_bids`."""
+    """The errand is over: `settled`, `no_bids`, `cancelled`, `not_started`."""
 
     at_s: int
     outcome: str
@@ -133,6 +141,7 @@ Fact = (
     | Presented
     | Accepted
     | ReceiptSigned
+    | Conceded
     | Closed
 )
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in Fact.__args__}
@@ -150,6 +159,7 @@ class Errand:
     presented_at_s: int | None = None  # when we first presented this session: no energy before
     accepted: Accepted | None = None
     receipt: ReceiptSigned | None = None
+    energy_wh_conceded: int = 0
     closed: Closed | None = None
 
     @property
@@ -192,6 +202,8 @@ def step(errand: Errand | None, fact: Fact) -> Errand | None:
         case ReceiptSigned():
             assert fact.energy_wh > errand.energy_wh_signed, "a receipt never falls"
             return replace(errand, receipt=fact)
+        case Conceded():
+            return replace(errand, energy_wh_conceded=max(errand.energy_wh_conceded, fact.energy_wh))
         case Closed():
             return replace(errand, closed=fact)
 

@@ -18,14 +18,22 @@ from dataclasses import dataclass, field
 
 from agent.consumer.carrier import Backoff
 from agent.consumer.journal import Accepted, Presented
-from agent.consumer.plug import Plug, TokenChanged
-from agent.consumer.progress import Step
+from agent.consumer.plug import Plug, Step, TokenChanged
 from agent.core import token as rules
 from agent.core.messages import Accept, Final, Hello, Message, Present, Refusal, Status, decode, encode
 from agent.errors import Refused, Transient
 
 NOT_YET = frozenset({"not_yet_seen", "not_yet_confirmed", "unknown_session", "rate_limited", "busy"})
 NEW_HELLO = frozenset({"stale_hello", "replayed"})
+_LEAVE = "`v2v consumer end` gives the session up; what you did not sign for comes back after the challenge"
+REMEDIES = {
+    "expired": _LEAVE,
+    "too_late": _LEAVE,
+    "out_of_order": f"ask the provider for another charging port; or {_LEAVE}",
+    "reserve_reached": _LEAVE,
+    "unknown_charger": "is --port the name written at the plug?",
+    "malformed": "consumer and provider run versions that do not understand each other; update the older one",
+}
 RESEND_S = (
     0.5,
     8.0,
@@ -118,7 +126,9 @@ class Meeting:
             raise Refused("unknown_charger", f"this Hello is not of the charging port {self.port!r}")
         if hello.nonce in self._used_nonces:
             raise Refused("stale_hello", "this Hello was used already")
-        await self.plug.believe(hello.typed, hello.signature)
+        await self.plug.believe(
+            hello.typed, hello.signature
+        )  # before the node is asked for a stranger's sake
         if hello.expires_at_s <= await self.plug.chain.now_s():
             raise Refused("stale_hello", "this Hello has expired")
 
@@ -215,7 +225,7 @@ class Meeting:
             self.plug.odd = Refused(refusal.reason, refusal.detail)
             self.plug.say(Step.PRESENT, f"the provider says: {refusal.reason.replace('_', ' ')}")
             return False
-        raise Refused(refusal.reason, refusal.detail)
+        raise Refused(refusal.reason, refusal.detail, remedy=REMEDIES.get(refusal.reason, ""))
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Status) and message.session_id == self.plug.terms.session_id:

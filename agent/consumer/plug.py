@@ -13,20 +13,57 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from agent.consumer.carrier import Carrier
 from agent.consumer.journal import ConsumerJournal, Errand
 from agent.consumer.policy import SigningLimits
-from agent.consumer.progress import Progress, Step, Tell
 from agent.core import token as rules
 from agent.core.events import Terms
 from agent.core.messages import Message, decode
 from agent.core.token import Domain, TypedMessage
 from agent.core.units import Address, Token, TxHash, cost_wei_floor, short
-from agent.errors import Refused
+from agent.errors import Refused, Transient
 
 SIGNERS_AGE_MS = 10_000  # how often a stranger's signature may make us ask the node who the operator is now
+
+
+# ---- what a journey tells whoever watches it; nothing decides by it
+
+
+class Step(StrEnum):
+    """The steps from auction to receipt, in order."""
+
+    AUCTION = "auction"  # startAuction, deposit locked
+    BIDDING = "bidding"  # providers underbid each other until closing
+    CONNECT = "connect"  # the winner is fixed, the token exists
+    HELLO = "hello"  # at the plug: who is this provider?
+    PRESENT = "present"  # our signed token, their acceptance
+    CHARGE = "charge"  # energy, readings, receipts
+    SETTLE = "settle"  # stopped; waiting for the settlement on chain
+    DONE = "done"  # checked against the chain
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One moment of the journey. `words` is one line for people; `stage` is what the provider says (DESIGN section 5)."""
+
+    step: Step
+    words: str
+    stage: str = ""
+    energy_wh_ordered: int = 0
+    energy_wh_delivered: int = 0  # by the newest verified reading
+    energy_wh_signed: int = 0
+    energy_wh_acked: int = 0
+    power_w: int = 0
+    cost_wei: int = 0  # of what is signed so far
+
+
+Tell = Callable[[Progress], None]
+
+
+# ---- who and what is there
 
 
 class Signer(Protocol):
@@ -120,13 +157,21 @@ class Plug:
             return None
 
     async def believe(self, typed: TypedMessage, signature: bytes) -> None:
-        """Check that the provider or its operator signed this. Raises Refused(bad_signature | wrong_signer)."""
+        """Check that the provider or its operator signed this. Raises Refused(bad_signature | wrong_signer |
+        signers_unknown).
+        """
         signer = rules.recover(rules.digest(self.domain, typed), rules.normalised(signature))
         if signer in self._signers:
             return
         now_ms = self.now_ms()
         if self._signers_at_ms is None or now_ms - self._signers_at_ms >= SIGNERS_AGE_MS:
-            self._signers, self._signers_at_ms = await self.chain.signers(self.terms.provider), now_ms
+            self._signers_at_ms = now_ms
+            try:
+                self._signers = await self.chain.signers(self.terms.provider)
+            except (
+                Transient
+            ) as away:  # a node that is away must not end a session that needs no node just now
+                raise Refused("signers_unknown", f"cannot ask who the operator is: {away.message}") from away
         if signer not in self._signers:
             raise Refused(
                 "wrong_signer",
