@@ -1,0 +1,375 @@
+"""`v2v provider`: the owner who sells. Runs the agent, bids, looks at sessions, names the operator, moves money.
+
+Rules
+* Commands that send sign with the owner's key. The operator's key is read by `run` alone (PROTOCOL section 7).
+* `sessions` reads the journal while the daemon writes it; it takes no lock and asks nobody.
+* A bid is pinned to the auction that was looked at, and only the bond that is missing is sent along.
+
+May not know: how a session is driven.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from agent.chain import contract
+from agent.chain.contract import AuctionState, MarketParameters
+from agent.cli.ledger import ledger_commands
+from agent.cli.market import Access, Market, market_options, open_market, receipt_facts, receipt_json
+from agent.cli.output import ADDRESS, WEI, at, duration, echo, ether, facts, json_option, table
+from agent.cli.remedies import REMEDIES, with_remedy
+from agent.config import AgentConfig, load_agent
+from agent.core.units import UINT64_MAX, UINT128_MAX, Address, cost_wei_ceil, cost_wei_floor, hex0x
+from agent.errors import Refused
+
+BPS: Final = 10_000  # the contract's bond is in 1/10000 of the cost
+AUCTIONS_SHOWN_MAX: Final = 500  # each costs a question to the node; a flood of them must not hang a command
+
+CONFIG: Final = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Settings file (agent.toml).",
+)
+
+
+@click.group()
+def provider() -> None:
+    """The owner who sells: run the agent, bid, look at sessions."""
+
+
+for _command in ledger_commands("provider"):
+    provider.add_command(_command)
+
+
+# ---- run
+
+
+@provider.command()
+@CONFIG
+def run(config_file: Path) -> None:
+    """Run the agent until Ctrl-C, exactly as systemd does."""
+    settings = load_agent(config_file, os.environ)
+    from agent import daemon  # web3 and pymodbus: not before the settings are right
+
+    asyncio.run(daemon.run(settings, os.environ))
+
+
+# ---- auctions and bids
+
+
+@provider.command()
+@market_options("provider", signs=False)
+@json_option
+def auctions(access: Access, *, as_json: bool) -> None:
+    """List the live auctions.
+
+    What an owner can bid on, and what waits for its consumer to connect.
+    """
+    asyncio.run(_show_auctions(access, as_json=as_json))
+
+
+@provider.command()
+@click.option("--consumer", type=ADDRESS, required=True, help="Whose auction.")
+@click.option("--rate", "rate_wei_per_kwh", type=WEI, required=True, help='Wei per kWh, or "0.0001 ETH".')
+@click.option(
+    "--auction-nonce", type=click.IntRange(1, UINT64_MAX), help="Refuse any other auction of this consumer."
+)
+@market_options("provider", signs=True)
+@json_option
+def bid(
+    access: Access, consumer: Address, rate_wei_per_kwh: int, auction_nonce: int | None, *, as_json: bool
+) -> None:
+    """Offer to deliver at a rate.
+
+    Binding: the bond is locked until somebody bids less or the auction ends.
+    """
+    if rate_wei_per_kwh > UINT128_MAX:
+        raise click.BadParameter("more than any rate can be", param_hint="--rate")
+    asyncio.run(_bid(access, consumer, auction_nonce, rate_wei_per_kwh, as_json=as_json))
+
+
+async def _show_auctions(access: Access, *, as_json: bool) -> None:
+    async with open_market(access) as market:
+        now_s = (await market.node.head()).timestamp_s
+        live = await _live_auctions(market)
+    rows = [
+        {
+            "consumer": consumer,
+            "auction_nonce": auction.auction_nonce,
+            "energy_wh": auction.energy_wh,
+            "rate_wei_per_kwh_start": str(auction.start_rate_wei_per_kwh),
+            "rate_wei_per_kwh_lowest": str(auction.rate_wei_per_kwh) if auction.has_bid else None,
+            "rate_wei_per_kwh_max": str(auction.rate_wei_per_kwh_max),
+            "leader": auction.provider if auction.has_bid else None,
+            "closing_time_s": auction.closing_time_s,
+            "connect_by_s": auction.connect_by_s,
+            "biddable": now_s < auction.closing_time_s,
+        }
+        for consumer, auction in live
+    ]
+    echo({"at_s": now_s, "auctions": rows}, _auctions_text(live, now_s), as_json=as_json)
+
+
+def _auctions_text(live: list[tuple[Address, AuctionState]], now_s: int) -> str:
+    if not live:
+        return "There is no live auction."
+    headers = ("consumer", "auction", "Wh", "bid at most, wei/kWh", "lowest bid by", "bidding")
+    return table(
+        headers,
+        [
+            (
+                consumer,
+                auction.auction_nonce,
+                auction.energy_wh,
+                auction.rate_wei_per_kwh_max,
+                auction.provider if auction.has_bid else None,
+                _bidding(auction, now_s),
+            )
+            for consumer, auction in live
+        ],
+    )
+
+
+def _bidding(auction: AuctionState, now_s: int) -> str:
+    left_s = auction.closing_time_s - now_s
+    return f"{duration(left_s)} left" if left_s > 0 else "over"
+
+
+async def _live_auctions(market: Market) -> list[tuple[Address, AuctionState]]:
+    """Every live auction, the one that closes first in front. Events are hints; the contract's state decides."""
+    head = await market.node.head()
+    rules = await market.ask(contract.encode_parameters(), contract.decode_parameters)
+    first = await _block_at(market, head.timestamp_s - _life_s_max(rules), head.number)
+    topics = [contract.topic_of(contract.AuctionStarted)]
+    newest_last: dict[Address, None] = {}
+    async for page in market.node.log_pages(market.address, topics, first, head.number):
+        for log in page.logs:
+            found = contract.decode_log(log.address, log.topics, log.data)
+            if isinstance(found, contract.AuctionStarted):
+                newest_last.pop(found.consumer, None)
+                newest_last[found.consumer] = None
+    consumers = list(newest_last)[-AUCTIONS_SHOWN_MAX:]
+    states = await asyncio.gather(*(market.auction(consumer) for consumer in consumers))
+    live = [(who, state) for who, state in zip(consumers, states, strict=True) if state.is_live]
+    return sorted(live, key=lambda one: one[1].closing_time_s)
+
+
+def _life_s_max(rules: MarketParameters) -> int:
+    """The longest that an auction matters: bidding, every soft close, and the time to connect."""
+    return rules.bidding_s_max + rules.soft_close_count_max * rules.soft_close_s + rules.connect_window_s
+
+
+async def _block_at(market: Market, at_s: int, head_number: int) -> int:
+    """The first block not older than `at_s`, by halving: some 25 questions instead of a whole chain's logs."""
+    low, high = min(market.start_block, head_number), head_number
+    while low < high:
+        middle = (low + high) // 2
+        header = await market.node.header(middle)
+        if header is not None and header.timestamp_s >= at_s:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A bid before it is sent."""
+
+    consumer: Address
+    auction: AuctionState
+    rate_wei_per_kwh: int
+    bond_wei: int
+    missing_wei: int  # of the bond: what neither the ledger nor our own leading bid covers
+
+
+async def _bid(
+    access: Access, consumer: Address, auction_nonce: int | None, rate_wei_per_kwh: int, *, as_json: bool
+) -> None:
+    async with open_market(access) as market:
+        offer = await _offer(market, consumer, auction_nonce, rate_wei_per_kwh)
+        calldata = contract.encode_place_bid(consumer, offer.auction.auction_nonce, rate_wei_per_kwh)
+        receipt = await market.send(calldata, offer.missing_wei)
+        placed = market.log_in(receipt, contract.BidPlaced)
+        closing_time_s = offer.auction.closing_time_s if placed is None else placed.closing_time_s
+        ledger_wei = await market.ledger_wei(market.account)
+        value = _offer_json(offer) | {"provider": market.account, "closing_time_s": closing_time_s}
+    told = [
+        *_offer_facts(offer),
+        ("in the ledger now", ether(ledger_wei)),
+        ("bidding closes", at(closing_time_s)),
+        *receipt_facts(receipt),
+    ]
+    echo(value | {"ledger_wei": str(ledger_wei)} | receipt_json(receipt), facts(told), as_json=as_json)
+
+
+async def _offer(
+    market: Market, consumer: Address, auction_nonce: int | None, rate_wei_per_kwh: int
+) -> _Offer:
+    """Look at the auction, and at what we have. Raises Refused for another auction or none."""
+    auction = await market.auction(consumer)
+    if not auction.is_live:
+        raise with_remedy(Refused("NoAuction", f"{hex0x(consumer)} has no live auction"))
+    if auction_nonce not in (None, auction.auction_nonce):
+        raise with_remedy(Refused(f"StaleAuction(auctionNonce={auction.auction_nonce})"))
+    rules = await market.ask(contract.encode_parameters(), contract.decode_parameters)
+    cost_wei = cost_wei_ceil(rate_wei_per_kwh, auction.energy_wh)
+    bond_wei = -(-cost_wei * rules.bond_bps // BPS)
+    own_wei = await market.ledger_wei(market.account)
+    if auction.provider == market.account:
+        own_wei += auction.bond_wei  # our own leading bid's bond comes back first
+    return _Offer(consumer, auction, rate_wei_per_kwh, bond_wei, max(0, bond_wei - own_wei))
+
+
+def _offer_json(offer: _Offer) -> dict[str, Any]:
+    return {
+        "consumer": offer.consumer,
+        "auction_nonce": offer.auction.auction_nonce,
+        "energy_wh": offer.auction.energy_wh,
+        "rate_wei_per_kwh": str(offer.rate_wei_per_kwh),
+        "bond_wei": str(offer.bond_wei),
+        "sent_wei": str(offer.missing_wei),
+    }
+
+
+def _offer_facts(offer: _Offer) -> list[tuple[str, object]]:
+    auction = offer.auction
+    earned_wei = cost_wei_floor(offer.rate_wei_per_kwh, auction.energy_wh)
+    return [
+        ("bid on", f"auction {auction.auction_nonce} of {hex0x(offer.consumer)}"),
+        ("rate", f"{offer.rate_wei_per_kwh} wei/kWh"),
+        ("for", f"{auction.energy_wh} Wh, which earns {ether(earned_wei)}"),
+        ("locked as bond", f"{ether(offer.bond_wei)}, of which {ether(offer.missing_wei)} were sent along"),
+    ]
+
+
+# ---- the operator
+
+
+@provider.command("set-operator")
+@click.argument("operator", type=ADDRESS)
+@click.option(
+    "--bond-limit",
+    "bond_wei_limit",
+    type=WEI,
+    default="0",
+    show_default=True,
+    help="The most its bids may lock at one time; 0: it settles, but never bids.",
+)
+@market_options("provider", signs=True)
+@json_option
+def set_operator(access: Access, operator: Address, bond_wei_limit: int, *, as_json: bool) -> None:
+    """Name the hot key in the car.
+
+    OPERATOR may then bid and settle for the key's account, but never move money out. The zero address (0x and 40 zeros) revokes.
+    """
+    asyncio.run(_set_operator(access, operator, min(bond_wei_limit, UINT128_MAX), as_json=as_json))
+
+
+async def _set_operator(access: Access, operator: Address, bond_wei_limit: int, *, as_json: bool) -> None:
+    async with open_market(access) as market:
+        receipt = await market.send(contract.encode_set_operator(operator, bond_wei_limit))
+        account = market.account
+    value = {"account": account, "operator": operator, "bond_wei_limit": str(bond_wei_limit)}
+    revoked = operator == contract.ZERO_ADDRESS
+    told = [
+        ("account", account),
+        ("operator", "none any more" if revoked else operator),
+        ("its bonds at most", None if revoked else ether(bond_wei_limit)),
+        *receipt_facts(receipt),
+    ]
+    echo(value | receipt_json(receipt), facts(told), as_json=as_json)
+
+
+# ---- sessions
+
+
+@provider.command()
+@CONFIG
+@json_option
+def sessions(config_file: Path, *, as_json: bool) -> None:
+    """List sessions, open ones first.
+
+    They are read from the journal, whether the agent runs or not.
+    """
+    rows = _journaled_sessions(load_agent(config_file, os.environ))
+    echo({"sessions": rows}, _sessions_text(rows), as_json=as_json)
+
+
+def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
+    """As `views.status` shows them, from what is on the disk. Raises Refused when there is no journal yet."""
+    from agent.core.live import Live, Policy
+    from agent.core.token import Domain
+    from agent.journal import Journal
+    from agent.views import status
+
+    path = settings.journal.path
+    if not path.is_file():
+        raise Refused(
+            "no_journal",
+            f"there is no journal at {path}",
+            remedy="The agent makes it when it first runs: v2v provider run; or correct [journal] path.",
+        )
+    domain = Domain(settings.chain.chain_id, Address(settings.chain.contract))
+    journal = Journal(path, domain, Address(settings.chain.provider), read_only=True)
+    try:
+        book = journal.replay()
+    finally:
+        journal.close()
+    nothing_live = Live(Policy(max_unacked_wh={}), life=0, started_at_s=book.at_s, started_at_ms=0, now_ms=0)
+    rows: list[dict[str, Any]] = status(book, nothing_live)["sessions"]
+    for row in rows:
+        del row["hindrance"]  # what hinders just now, only the running agent knows
+        if row["stage"] == "DELIVERING":
+            # Nor how much has flowed since power was offered: at least what is signed for.
+            row["energy_wh_delivered"] = max(row["energy_wh_delivered"], row["energy_wh_acked"])
+            row["cost_wei"] = str(max(int(row["cost_wei"]), int(row["secured_wei"])))
+    return rows
+
+
+def _sessions_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "There is no session yet."
+    headers = (
+        "session",
+        "stage",
+        "ordered Wh",
+        "delivered",
+        "signed for",
+        "settled",
+        "earned",
+        "stopped by",
+        "transaction",
+    )
+    lines = table(
+        headers,
+        [
+            (
+                row["session_id"][:10],
+                row["stage"],
+                row["energy_wh_ordered"],
+                f"{row['energy_wh_delivered']}+"
+                if row["stage"] == "DELIVERING"
+                else row["energy_wh_delivered"],
+                row["energy_wh_acked"],
+                row["energy_wh_settled"],
+                ether(int(row["cost_wei"])),
+                row["stop_reason"],
+                row["settlement_tx"],
+            )
+            for row in rows
+        ],
+    )
+    troubles = [row for row in rows if row["settlement_error"] and row["stage"] != "SETTLED"]
+    for row in troubles:
+        name = row["settlement_error"].partition("(")[0]
+        lines += f"\n{row['session_id'][:10]}: {row['settlement_error']}. {REMEDIES.get(name, '')}".rstrip()
+    return lines
