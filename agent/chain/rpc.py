@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -28,6 +29,8 @@ Json = Any  # what json.loads makes; checked where it is used
 
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _DATA = re.compile(r"0x(?:[0-9a-fA-F]{2})*")
+
+RECURSION_LIMIT = 1_000  # Python's own default
 
 # What hosted nodes say with HTTP instead of JSON-RPC.
 _HTTP_TOO_MANY_REQUESTS = 429
@@ -192,14 +195,31 @@ async def _bounded(stream: Any, limit: int, url: str) -> bytes:
     return b"".join(parts)
 
 
-def _parsed(text: bytes) -> Json:
+# ---- reading answers strictly
+
+
+def parse(text: bytes | str) -> Json:
+    """JSON of a stranger; ValueError when it is none, or nested deeper than anything honest.
+
+    py_ecc, which comes with web3 and eth_account, raises Python's recursion limit to 100 000; on Python 3.11
+    some hundred kilobytes of "[" then overflow the C stack and kill the process. So the limit is put back
+    while we read.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(RECURSION_LIMIT)
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except RecursionError as problem:
+        raise ValueError("nested too deep") from problem
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def _parsed(text: bytes) -> Json:
+    try:
+        return parse(text)
+    except ValueError:
         return None
-
-
-# ---- reading answers strictly
 
 
 class Malformed(ValueError):

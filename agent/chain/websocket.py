@@ -24,7 +24,17 @@ from web3.exceptions import PersistentConnectionClosedOK, ProviderConnectionErro
 from web3.types import RPCEndpoint
 from websockets.exceptions import ConnectionClosed, PayloadTooBig, WebSocketException
 
-from agent.chain.rpc import AnswerTooLarge, Json, Limits, SlowAnswer, nonsense, result_of, shown, unreachable
+from agent.chain.rpc import (
+    AnswerTooLarge,
+    Json,
+    Limits,
+    SlowAnswer,
+    nonsense,
+    parse,
+    result_of,
+    shown,
+    unreachable,
+)
 from agent.errors import Transient
 
 
@@ -65,11 +75,12 @@ class _CalmProvider(WebSocketProvider):
         reason: BaseException | str = "closed by us"
         try:
             while True:
-                self._deliver(await super().socket_recv())
+                assert self._ws is not None
+                self._deliver(parse(await self._ws.recv()))
         except ConnectionClosed as closed:
             reason = closed
             raise PersistentConnectionClosedOK(user_message="connection ended") from closed
-        except (ValueError, RecursionError) as problem:  # not JSON
+        except ValueError as problem:  # not JSON
             reason = problem
             raise PersistentConnectionClosedOK(user_message="not JSON") from problem
         finally:

@@ -29,6 +29,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from coincurve import PrivateKey
 from eth_hash.auto import keccak
 
+from agent.chain.rpc import parse
 from agent.core.token import address_of
 from agent.core.units import hex0x
 from agent.demo.eth_methods import (
@@ -258,8 +259,8 @@ class Devnet:
 
     def _answer_text(self, text: str | bytes, client: _Client | None) -> Json:
         try:
-            request = json.loads(text)
-        except (ValueError, RecursionError):
+            request = parse(text)
+        except ValueError:
             return _error(None, CODE_PARSE_ERROR, "invalid JSON")
         if not isinstance(request, list):
             return self._answer(request, client)
@@ -268,9 +269,11 @@ class Devnet:
         return [self._answer(single, client) for single in request]
 
     def _answer(self, request: Json, client: _Client | None) -> Json:
-        if not isinstance(request, dict) or not isinstance(request.get("method"), str):
-            return _error(None, CODE_INVALID_REQUEST, "a request is an object with a method")
-        request_id, method, params = request.get("id"), request["method"], request.get("params", [])
+        if not isinstance(request, dict):
+            return _error(None, CODE_INVALID_REQUEST, "a request is an object")
+        request_id, method, params = request.get("id"), request.get("method"), request.get("params", [])
+        if not isinstance(method, str):
+            return _error(request_id, CODE_INVALID_REQUEST, "a request has a method")
         if not isinstance(params, list):
             return _error(request_id, CODE_INVALID_PARAMS, "params is a list")
         try:

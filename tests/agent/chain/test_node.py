@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from tcp_proxy import TcpProxy
 from toy_contract import REVERTING, RUNTIME, TOPIC, deploy, sender_for
+from websockets.asyncio.server import ServerConnection, serve
 
 from agent.chain.node import CatchUp, Header, RawLog, Reverted, Web3Node, check_deployment, tx_hash_of
 from agent.chain.rpc import Limits
@@ -394,6 +395,7 @@ async def liar(answer: object, *, status: int = 200) -> AsyncIterator[str]:
     [
         "<html>login</html>",
         "[]",
+        "[" * 300_000,
         {},
         {"result": None},
         {"result": {}},
@@ -415,6 +417,22 @@ async def test_nonsense_is_named_and_never_believed(answer: object) -> None:
     async with liar(answer) as url, Web3Node(url) as node:
         with pytest.raises(Transient):
             await node.head()
+
+
+@pytest.mark.parametrize("said", ["<html>", "[" * 300_000, "7", '{"id": 99, "result": 1}'])
+async def test_nonsense_over_a_websocket_ends_the_connection_or_the_patience(said: str) -> None:
+    """Would catch a node that kills the process with brackets (py_ecc lifts the recursion limit), or hangs it."""
+
+    async def talk(socket: ServerConnection) -> None:
+        async for _ in socket:
+            await socket.send(said)
+
+    async with serve(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Web3Node(f"ws://127.0.0.1:{port}", limits=HASTY) as node:
+            for _ in range(2):
+                with pytest.raises(Transient):
+                    await within(5, node.chain_id())
 
 
 async def test_an_endless_answer_is_cut_off() -> None:
