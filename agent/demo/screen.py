@@ -69,7 +69,9 @@ class Screen:
         self._console = Console(file=stream, highlight=False, width=None if stream.isatty() else 110)
         self._began_s = time.monotonic()
         self._live: Live | None = None
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(40), TextColumn("{task.percentage:>3.0f} %"))
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(40), TextColumn("{task.percentage:>3.0f} %")
+        )
         self._task = self._bar.add_task("delivered", total=1)
         self._shown_at_s = 0.0
         self._stage = ""
