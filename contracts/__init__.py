@@ -27,6 +27,24 @@ class Artefact:
     immutable_references: tuple[tuple[int, int], ...]
     storage_layout: list[dict[str, Any]]
 
+    @classmethod
+    def from_json(cls, text: str) -> Artefact:
+        """Read what `contracts.build` wrote."""
+        data = json.loads(text)
+        return cls(
+            contract=data["contract"],
+            compiler=data["compiler"],
+            settings=data["settings"],
+            sources_sha256=data["sources_sha256"],
+            abi=data["abi"],
+            bytecode=bytes.fromhex(data["bytecode"].removeprefix("0x")),
+            deployed_bytecode=bytes.fromhex(data["deployedBytecode"].removeprefix("0x")),
+            immutable_references=tuple(
+                (place["start"], place["length"]) for place in data["immutableReferences"]
+            ),
+            storage_layout=data["storageLayout"],
+        )
+
     def matches_deployed(self, code: bytes) -> bool:
         """True if `code` (eth_getCode) is this contract, whatever its immutables (the market's parameters) are."""
         return len(code) == len(self.deployed_bytecode) and self._masked(code) == self._masked(
@@ -41,19 +59,6 @@ class Artefact:
 
 
 @cache
-def load_artefact(contract: str = "V2VCharging") -> Artefact:
-    """The checked-in artefact. Raises FileNotFoundError for an unknown contract."""
-    data = json.loads(files(__name__).joinpath(f"{contract}.json").read_text())
-    return Artefact(
-        contract=data["contract"],
-        compiler=data["compiler"],
-        settings=data["settings"],
-        sources_sha256=data["sources_sha256"],
-        abi=data["abi"],
-        bytecode=bytes.fromhex(data["bytecode"].removeprefix("0x")),
-        deployed_bytecode=bytes.fromhex(data["deployedBytecode"].removeprefix("0x")),
-        immutable_references=tuple(
-            (place["start"], place["length"]) for place in data["immutableReferences"]
-        ),
-        storage_layout=data["storageLayout"],
-    )
+def load_artefact() -> Artefact:
+    """The checked-in artefact of the market, `V2VCharging.json`."""
+    return Artefact.from_json(files(__name__).joinpath("V2VCharging.json").read_text())

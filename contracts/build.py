@@ -1,8 +1,9 @@
-"""Builds the checked-in artefact `V2VCharging.json` from the sources: `python -m contracts.build [--check]`.
+"""Builds the checked-in artefacts from the sources: `python -m contracts.build [--check]`.
 
-Needs node and `npm ci` in this folder; nothing else in the house does. The artefact is byte for byte reproducible: the
+Needs node and `npm ci` in this folder; nothing else in the house does. An artefact is byte for byte reproducible: the
 compiler is pinned by `package-lock.json`, the settings come from `foundry.toml`, and no metadata is appended.
-`--check` rebuilds, compares and writes nothing; it exits 1 when the checked-in file is stale.
+`--check` rebuilds, compares and writes nothing; it exits 1 when a checked-in file is stale.
+`V2VCharging.json` is the market; `test/Reference.json` is what tests hold the Python arithmetic against.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CONTRACT = "V2VCharging"
-ARTEFACT = HERE / f"{CONTRACT}.json"
+ARTEFACTS = {"src/V2VCharging.sol": "V2VCharging.json", "test/Reference.sol": "test/Reference.json"}
 COMPILER = HERE / "tools" / "solc"
 COMPILE_SECONDS_MAX = 180  # the WebAssembly compiler takes about 5 s; this stops a hung node
 
@@ -68,20 +68,23 @@ def compiled(sources: dict[str, str], settings: dict[str, Any], outputs: list[st
     return output
 
 
-def source_texts() -> dict[str, str]:
-    """Our own sources by their path in this folder; libraries are pinned by the lock file instead."""
-    return {f"src/{path.name}": path.read_text() for path in sorted((HERE / "src").glob("*.sol"))}
+def source_texts(main_source: str) -> dict[str, str]:
+    """Our own sources beside `main_source`, by their path in this folder; libraries are pinned by the lock file instead."""
+    folder = (HERE / main_source).parent
+    ours = sorted(folder.glob("*.sol")) if folder.name == "src" else [HERE / main_source]
+    return {f"{folder.name}/{path.name}": path.read_text() for path in ours}
 
 
-def build() -> str:
-    """The text of the artefact. Raises BuildError."""
-    sources = source_texts()
+def build(main_source: str) -> str:
+    """The text of the artefact of the contract in `main_source`, named as its file. Raises BuildError."""
+    sources = source_texts(main_source)
     settings = compiler_settings()
+    name = Path(main_source).stem
     outputs = ["abi", "evm.bytecode.object", "evm.deployedBytecode", "storageLayout", "metadata"]
-    contract = compiled(sources, settings, outputs)["contracts"][f"src/{CONTRACT}.sol"][CONTRACT]
+    contract = compiled(sources, settings, outputs)["contracts"][main_source][name]
     deployed = contract["evm"]["deployedBytecode"]
     artefact = {
-        "contract": CONTRACT,
+        "contract": name,
         "compiler": json.loads(contract["metadata"])["compiler"]["version"],
         "settings": settings,
         "sources_sha256": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in sources.items()},
@@ -111,14 +114,17 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m contracts.build [--check]\n")
         return 2
     try:
-        text = build()
+        texts = {HERE / target: build(source) for source, target in ARTEFACTS.items()}
     except BuildError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if not arguments:
-        ARTEFACT.write_text(text)
-    elif not ARTEFACT.exists() or ARTEFACT.read_text() != text:
-        sys.stderr.write(f"{ARTEFACT.name} is stale; run `python -m contracts.build`\n")
+        for path in stale:
+            path.write_text(texts[path])
+    elif stale:
+        names = ", ".join(path.name for path in stale)
+        sys.stderr.write(f"stale: {names}; run `python -m contracts.build`\n")
         return 1
     return 0
 

@@ -1,0 +1,93 @@
+"""The checked-in artefacts are what the sources compile to, and what a chain really holds."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from market import Market
+
+import contracts
+from agent.chain.contract import MarketParameters
+from contracts import Artefact, build, load_artefact
+
+FOLDER = Path(contracts.__file__).parent
+REFERENCE = FOLDER / "test" / "Reference.json"
+
+
+def artefacts() -> list[Artefact]:
+    """Everything that `contracts.build` writes."""
+    return [load_artefact(), Artefact.from_json(REFERENCE.read_text())]
+
+
+@pytest.mark.parametrize("artefact", artefacts(), ids=lambda artefact: artefact.contract)
+def test_sources_are_those_of_the_artefact(artefact):
+    """Would catch an edited source with a forgotten rebuild, also on a machine without node."""
+    for path, digest in artefact.sources_sha256.items():
+        assert hashlib.sha256((FOLDER / path).read_bytes()).hexdigest() == digest, (
+            f"{path} changed: run `python -m contracts.build`"
+        )
+
+
+def test_artefact_names_every_source_of_the_market():
+    """Would catch a new source file that the artefact does not know, and so drift that nobody sees."""
+    assert set(load_artefact().sources_sha256) == {
+        f"src/{path.name}" for path in (FOLDER / "src").glob("*.sol")
+    }
+
+
+@pytest.mark.timeout(240)
+def test_rebuilding_gives_the_same_bytes(capsys):
+    """Would catch bytecode that does not come from the sources in this tree, or settings that drifted from foundry.toml."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed: the artefact is not rebuilt here")
+    if not (FOLDER / "node_modules" / "solc").exists():
+        pytest.skip("contracts/node_modules is missing: run `npm ci` in contracts/")
+    assert build.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_stale_artefact_is_noticed(monkeypatch, capsys):
+    """Would catch a check that always says yes."""
+    monkeypatch.setattr(build, "build", lambda _source: "something else")
+    assert build.main(["--check"]) == 1
+    assert "python -m contracts.build" in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_named_with_its_remedy(monkeypatch):
+    """Would catch a traceback where `npm ci` is all that is needed."""
+    monkeypatch.setattr(build, "COMPILER", FOLDER / "tools" / "no-such-solc")
+    with pytest.raises(build.BuildError, match="install node"):
+        build.compiled({}, {}, [])
+
+
+def test_deployed_code_matches_whatever_the_market_parameters_are():
+    """Would catch immutables that are not masked (every real market refused) or a mask that hides too much."""
+    market = Market(MarketParameters(bidding_s_min=5, connect_window_s=60, challenge_s=30, grace_s=60))
+    code = market.backend.get_code(market.address)
+    assert load_artefact().matches_deployed(code)
+    assert code != load_artefact().deployed_bytecode, "immutables differ, so the raw comparison must not pass"
+
+
+def test_foreign_code_does_not_match():
+    """Would catch a mask that lets a tampered contract pass: every byte outside the immutables must count."""
+    market = Market()
+    code = bytearray(market.backend.get_code(market.address))
+    masked = {
+        i for start, length in load_artefact().immutable_references for i in range(start, start + length)
+    }
+    for place in range(0, len(code), 97):
+        tampered = bytes(code[:place]) + bytes([code[place] ^ 1]) + bytes(code[place + 1 :])
+        assert load_artefact().matches_deployed(tampered) is (place in masked)
+    assert not load_artefact().matches_deployed(b"")
+    assert not load_artefact().matches_deployed(bytes(code) + b"\0")
+
+
+def test_the_solc_door_answers_as_forge_asks():
+    """Would catch a wrapper that forge would not accept as a compiler."""
+    if shutil.which("node") is None or not (FOLDER / "node_modules" / "solc").exists():
+        pytest.skip("node or contracts/node_modules is missing: the compiler cannot be asked")
+    answer = subprocess.run(
+        [build.COMPILER, "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert answer.stdout.strip().endswith(load_artefact().compiler + ".Linux.g++")
