@@ -439,12 +439,12 @@ def encode_connect(provider: Address, energy_wh: int) -> bytes:
 
 def encode_end_connection(token: Token, delivered_wh: int, ack: Ack) -> bytes:
     """`endConnection`; `token.NO_ACK` where no receipt is needed."""
-    return _call("endConnection", token, delivered_wh, astuple(ack))
+    return _call("endConnection", token, delivered_wh, _ack_struct(ack))
 
 
 def encode_submit_receipt(token: Token, delivered_wh: int, ack: Ack) -> bytes:
     """`submitReceipt`."""
-    return _call("submitReceipt", token, delivered_wh, astuple(ack))
+    return _call("submitReceipt", token, delivered_wh, _ack_struct(ack))
 
 
 def encode_settle(token: Token) -> bytes:
@@ -467,7 +467,7 @@ def decode_session_id_of(data: bytes) -> SessionId:
 
 def encode_is_receipt_valid(token: Token, delivered_wh: int, ack: Ack) -> bytes:
     """`isReceiptValid`."""
-    return _call("isReceiptValid", token, delivered_wh, astuple(ack))
+    return _call("isReceiptValid", token, delivered_wh, _ack_struct(ack))
 
 
 def decode_is_receipt_valid(data: bytes) -> bool:
@@ -689,9 +689,20 @@ def _errors_by_selector() -> dict[bytes, dict[str, Any]]:
 
 
 def _call(name: str, *arguments: Any) -> bytes:
-    """Selector and encoded arguments. A value that does not fit its type is our own mistake and raises eth_abi's error."""
+    """Selector and encoded arguments. A value that does not fit its type is our own mistake: an assertion, or eth_abi's
+    EncodingError.
+    """
     selector, types, _ = _functions()[name]
+    for kind, value in zip(types, arguments, strict=True):
+        assert kind != "bytes32" or len(value) == 32, (
+            f"{name}: {kind} of {len(value)} bytes"
+        )  # eth_abi would pad it
     return selector + _codec().encode(types, arguments)
+
+
+def _ack_struct(ack: Ack) -> tuple[Any, ...]:
+    assert len(ack.token) == len(ack.challenge) == 32, "token and challenge are 32 bytes"
+    return astuple(ack)
 
 
 def _result(name: str, data: bytes) -> tuple[Any, ...]:
