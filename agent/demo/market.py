@@ -124,7 +124,7 @@ async def _together(sender: Sender, node: Node, to: Address, calls: list[bytes])
     return receipts
 
 
-def agent_toml(  # noqa: PLR0913 - a settings file
+def agent_toml(
     directory: Path,
     one: Provider,
     market: Market,

@@ -1,6 +1,6 @@
-"""How the evening looks: a live view with a progress bar on a terminal, plain lines elsewhere; a timeline and a money table at the end.
+"""How the evening looks: a live view with a progress bar on a terminal, else plain lines; then a timeline and a money table.
 
-Shows only what it is told; computes no money. Everything goes to one stream, so that `--json` can keep standard output for itself.
+Shows only what it is told; computes no money. All goes to one stream, so that `--json` can keep standard output for itself.
 """
 
 from __future__ import annotations

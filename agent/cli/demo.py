@@ -1,0 +1,50 @@
+"""`v2v demo`: one whole evening, shown as it happens. Exit code 0 only when it was settled and the money adds up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from agent.errors import Misconfigured, Refused
+
+
+@click.command()
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0, max=2**32), help="Another evening."
+)
+@click.option(
+    "--energy-wh",
+    default=200,
+    show_default=True,
+    type=click.IntRange(min=1, max=5_000),
+    help="How much is ordered.",
+)
+@click.option(
+    "--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep settings, journals, logs here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, alone on standard output.")
+def demo(seed: int, energy_wh: int, keep: Path | None, as_json: bool) -> None:
+    """Play one whole evening: market, two providers, one consumer, 22 kW, about a minute."""
+    click.echo("v2v demo: loading the chain, the broker and the charger ...", err=as_json)
+    try:
+        from agent.demo.evening import EveningSettings, evening
+        from agent.demo.screen import Screen
+    except ImportError as missing:
+        raise Misconfigured(
+            f"the demo's parts are not installed ({missing.name} is missing)",
+            remedy="pip install 'v2v-agent[demo]', or ./run demo from a checkout",
+        ) from missing
+    screen = Screen(sys.stderr if as_json else sys.stdout)
+    with tempfile.TemporaryDirectory(prefix="v2v-demo-") as temporary:
+        directory = (keep or Path(temporary)).resolve()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        summary = asyncio.run(evening(EveningSettings(directory, seed, energy_wh), screen))
+    if as_json:
+        click.echo(json.dumps(summary.as_json()))
+    if summary.stage != "SETTLED":
+        raise Refused("not_settled", f"the session ended {summary.stage}")
