@@ -5,11 +5,14 @@ are not wrong together. The chain is played by hand.
 """
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
 from agent.consumer.carrier import Inbox
-from agent.consumer.plug import Settlement
+from agent.consumer.journal import ConsumerJournal, Matched, OrderPlaced
+from agent.consumer.plug import Plug, Settlement, Waits
+from agent.consumer.policy import SigningLimits
 from agent.core import token as rules
 from agent.core.events import Terms
 from agent.core.messages import (
@@ -258,3 +261,51 @@ class PlayedChain:
         self.settled = Settlement(wh, RATE_WEI_PER_KWH * wh // 1000, TxHash(b"\x0e" * 32), 9, b"\x09" * 32)
 
 
+FAST = Waits(  # a test's patience
+    hello_s=0.8,
+    hello_ask_s=0.05,
+    meeting_s=1.0,
+    knock_s=0.02,
+    resend_s=0.05,
+    chain_poll_s=0.02,
+    silence_s=1.0,
+    final_s=0.2,
+)
+OPENED: list[ConsumerJournal] = []  # closed by the conftest beside the tests
+
+
+def opened_journal(folder, terms: Terms, clock=lambda: float(NOW_S)) -> ConsumerJournal:
+    """A consumer's journal with this session in it."""
+    journal = ConsumerJournal(folder / "consumer.sqlite", DOMAIN, CONSUMER.address, clock)
+    OPENED.append(journal)
+    if journal.errand is None:
+        journal.write(
+            OrderPlaced(NOW_S, terms.auction_nonce, terms.energy_wh_ordered, 10**14, 60, 3600, 1, "aa" * 16)
+        )
+        journal.write(Matched(NOW_S, terms))
+    return journal
+
+
+def plugged(folder, carrier, chain=None, *, journal=None, limits=None, waits=FAST) -> Plug:
+    """The consumer's side of the plug; what it told is in `plug.tell.told`."""
+    terms = carrier.provider.terms
+    return Plug(
+        domain=DOMAIN,
+        terms=terms,
+        account=CONSUMER,
+        session_key=ephemeral_signer(b"session key"),
+        carrier=carrier,
+        journal=journal or opened_journal(folder, terms),
+        chain=chain or PlayedChain(),
+        limits=limits or SigningLimits(),
+        waits=waits,
+        tell=Told(),
+        now_ms=lambda: time.monotonic_ns() // 1_000_000,
+    )
+
+
+class Told(list):
+    """Every progress that was told."""
+
+    def __call__(self, progress) -> None:
+        self.append(progress)

@@ -34,11 +34,7 @@ REMEDIES = {
     "unknown_charger": "is --port the name written at the plug?",
     "malformed": "consumer and provider run versions that do not understand each other; update the older one",
 }
-RESEND_S = (
-    0.5,
-    8.0,
-)  # first and longest pause between two repeats: quick on a fast chain, polite on a slow one
-HELLO_ASK_S = 2.0  # between two questions for the current Hello
+KNOCK_GROWTH = 16  # quick on a fast chain, polite on a slow one: 0.5 s at first, 8 s at most
 GATHER_S = 0.4  # Hellos of several ports arrive together; we must see whether there is a choice to make
 HELLOS_MAX = 16  # ports we look at: a provider has at most eight
 
@@ -70,7 +66,7 @@ class Meeting:
 
     async def _present_until_accepted(self) -> Accept:
         presented = self.plug.errand.presented or self._sign(await self._fresh_hello())
-        backoff = Backoff(*RESEND_S)
+        backoff = Backoff(self.plug.waits.knock_s, KNOCK_GROWTH * self.plug.waits.knock_s)
         while True:
             await self.plug.carrier.post("present", presented.message)
             answer = await self._answer(presented, backoff.next_s())
@@ -91,7 +87,7 @@ class Meeting:
             async with asyncio.timeout(self.plug.waits.hello_s):
                 while True:
                     await self.plug.carrier.ask_hello()
-                    await self._listen_for_hellos(HELLO_ASK_S)
+                    await self._listen_for_hellos(self.plug.waits.hello_ask_s)
                     if self._hellos:
                         return self._chosen()
         except TimeoutError:

@@ -112,7 +112,9 @@ class Waits:
     """How long we wait, in seconds. Each one says for what."""
 
     hello_s: float = 60  # for a provider that shows itself at the plug
+    hello_ask_s: float = 2  # between two questions for the current Hello
     meeting_s: float = 600  # for its acceptance: it waits for confirmations, maybe for another car to leave
+    knock_s: float = 0.5  # before an unanswered presentation goes out again; and then ever later
     resend_s: float = 2  # before a receipt or stop that nobody acknowledged goes out again
     chain_poll_s: float = 2  # between two looks at the chain
     silence_s: float = 300  # for any sign of life while the session is open
