@@ -1,6 +1,6 @@
 """Meter records as an independent OCMF implementation (pyocmf) reads them."""
 
-import datetime
+import datetime as dt
 import hashlib
 import json
 from dataclasses import replace
@@ -100,10 +100,9 @@ def test_begin_and_end_say_what_was_journaled():
     assert (first.TX, last.TX) == ("B", "R")
     assert (begin.payload.PG, end.payload.PG) == ("T41", "T42")
     assert str(first.RI) == "01-00:C0.08.00*FF"
-    consumer = "0x" + TERMS.consumer.hex()
-    assert end.payload.ID == consumer
-    assert end.payload.CI == PORT
-    assert last.TM.timestamp - first.TM.timestamp == datetime.timedelta(
+    who_and_where = (end.payload.ID, end.payload.CI)
+    assert who_and_where == ("0x" + TERMS.consumer.hex(), PORT)
+    assert last.TM.timestamp - first.TM.timestamp == dt.timedelta(
         seconds=story.session.end_at_s - story.session.begin_at_s
     )
 
@@ -202,7 +201,7 @@ def test_kwh_is_exact(energy_mwh):
 @given(st.integers(min_value=0, max_value=253_402_300_799))
 def test_the_calendar_is_right_until_the_year_9999(at_s):
     """The core knows no calendar library, so its own must agree with one."""
-    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=at_s)
+    moment = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=at_s)
     assert record.timestamp(at_s) == moment.strftime("%Y-%m-%dT%H:%M:%S,000+0000").zfill(28)
 
 
