@@ -27,6 +27,7 @@ INTEGER_MAX = 2**53 - 1  # what a JavaScript consumer can hold exactly
 TEXT_LENGTH_MAX = 128  # reasons, stages, details
 RECORD_LENGTH_MAX = 1800  # one OCMF record; two and the rest fit 4 KiB
 SREF_LENGTH_MAX = 64
+BRACKETS_MAX = 512  # bounds the parser's stack; web3's companions lift Python's own limit, and 4 KiB of "[" can kill a thread
 
 
 class Malformed(Refused):
@@ -332,6 +333,8 @@ def decode(data: bytes) -> Message:
     """The message in `data`. Raises Refused("malformed") for everything that is not exactly one of ours."""
     if len(data) > MESSAGE_BYTES_MAX:
         raise Malformed(f"longer than {MESSAGE_BYTES_MAX} bytes")
+    if data.count(b"[") + data.count(b"{") > BRACKETS_MAX:
+        raise Malformed("nested too deep")
     try:
         body = json.loads(
             data,
