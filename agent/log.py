@@ -32,7 +32,7 @@ FIELD_LENGTH_MAX = 8192  # a traceback fits; a datagram to journald must stay we
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 SYSLOG_PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 # Chatty libraries: what matters of theirs reaches us as an exception, and we say it ourselves.
-QUIET = ("pymodbus", "amqtt", "transitions", "aiohttp.access", "web3", "websockets", "urllib3", "asyncio")
+QUIET = ("pymodbus", "amqtt", "transitions", "aiohttp.access", "web3", "websockets", "urllib3")
 
 _HIDDEN_KEY = re.compile(
     r"signature|password|secret|private|raw_tx|nonce_?c\b|hello_?nonce|challenge", re.IGNORECASE

@@ -3,6 +3,7 @@
 For tests of what stands around the core: readers and carriers. The chain and the charger are played by hand, one call a fact.
 """
 
+import asyncio
 import os
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import coincurve
 
 from agent.core import events as ev
 from agent.core import token as rules
-from agent.core.live import HeaderSeen, Policy, PortRead, PortReading
+from agent.core.live import Beat, HeaderSeen, Policy, PortRead, PortReading
 from agent.core.messages import Hello, Present, ReceiptMessage, Stop, encode
 from agent.core.token import Domain, access_token, session_id
 from agent.core.units import BlockHash, TxHash
@@ -25,6 +26,13 @@ NOW_S = 1_800_000_000
 PORT = "left"
 RATE_WEI_PER_KWH = 10**17
 SREF = "c0ffee" * 5 + "42"  # 16 random bytes, as hex
+
+
+async def eventually(holds, seconds: float = 10.0) -> None:
+    """Wait until a condition holds that nobody announces; TimeoutError when it does not."""
+    async with asyncio.timeout(seconds):
+        while not holds():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.005)
 
 
 class Key:
@@ -157,6 +165,12 @@ class Plug:
         at_s = self.engine.at_s
         signature = self.consumer.sign_digest(rules.digest(DOMAIN, rules.StopRequest(terms.session_id, at_s)))
         return encode(Stop(terms.session_id, at_s, signature))
+
+    async def beat(self) -> None:
+        """The engine's beat, as the daemon drives it; until cancelled."""
+        while True:
+            self.engine.observe(Beat())
+            await asyncio.sleep(0.05)
 
     # ---- the story so far
 

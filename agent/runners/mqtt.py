@@ -106,11 +106,7 @@ class MqttRunner:
                 async with self._client() as client:
                     await self._carry(client)
             except aiomqtt.MqttError as error:
-                task = asyncio.current_task()
-                if (
-                    task is not None and task.cancelling()
-                ):  # the goodbye failed; that must not hide the cancellation
-                    raise asyncio.CancelledError from error
+                _stop_if_cancelled()  # a goodbye that failed must not hide it
                 self._log_problem(error)
             finally:
                 self.connected = False
@@ -142,23 +138,24 @@ class MqttRunner:
         self._told, self._retained, self._telemetry_at_s = {}, {}, 0.0
         await client.subscribe(f"{self._root}/in/+", qos=1)
         await client.publish(f"{self._root}/online", ONLINE, qos=1, retain=True)
+        _stop_if_cancelled()
         self.connected, self._problem = True, ""
         log.info("mqtt.up", broker=f"{self._broker.host}:{self._broker.port}")
+        both = [asyncio.create_task(self._hear(client)), asyncio.create_task(self._tell(client))]
         try:
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._hear(client))
-                both.create_task(self._tell(client))
-        except BaseExceptionGroup as group:
-            bugs = group.split(aiomqtt.MqttError)[1]
-            if bugs is not None:
-                raise bugs from group
-            raise aiomqtt.MqttError(str(group.exceptions[0])) from group
+            done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except asyncio.CancelledError:
             with contextlib.suppress(aiomqtt.MqttError):
                 await client.publish(
                     f"{self._root}/online", OFFLINE, qos=1, retain=True, timeout=OFFLINE_WAIT_S
                 )
             raise
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
 
     def _log_problem(self, error: aiomqtt.MqttError) -> None:
         if str(error) != self._problem:
@@ -236,6 +233,13 @@ class MqttRunner:
         for first in range(0, len(posts), PUBLISHED_AT_ONCE_MAX):
             window = posts[first : first + PUBLISHED_AT_ONCE_MAX]
             await asyncio.gather(*(client.publish(p.topic, p.payload, p.qos, p.retain) for p in window))
+
+
+def _stop_if_cancelled() -> None:
+    """Our library waits with `asyncio.wait_for`, which swallows a cancellation that comes with the result (Python < 3.12)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _key(sref: str, message: Message) -> tuple[str, type[Message], bytes]:

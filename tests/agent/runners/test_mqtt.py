@@ -1,0 +1,359 @@
+"""Stories of the broker's carrier, on a real broker: the demo's. A consumer is another client of it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+
+import aiomqtt
+import pytest
+from plug import DOMAIN, PORT, SREF, Plug, eventually
+from tcp_proxy import TcpProxy
+
+from agent.core import token as rules
+from agent.core.messages import MESSAGE_BYTES_MAX, Status, decode
+from agent.core.units import hex0x
+from agent.runners import mqtt
+from agent.runners.mqtt import BrokerAddress, MqttRunner
+
+
+@pytest.fixture
+def plug(tmp_path):
+    """A provider at a port."""
+    plug = Plug(tmp_path)
+    yield plug
+    plug.close()
+
+
+class BrokerProcess:
+    """A real broker that can be killed: the demo's (amqtt) or the field's (mosquitto)."""
+
+    def __init__(self, kind, port, folder):
+        self.kind, self.port, self._folder, self._process = kind, port, folder, None
+
+    async def start(self):
+        """Start it, and wait until it lets clients in."""
+        configuration = self._folder / "mosquitto.conf"
+        configuration.write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous true\nmax_packet_size 6144\n"
+        )
+        mosquitto = (MOSQUITTO or "", "-c", str(configuration))
+        command = (sys.executable, "-c", AMQTT, str(self.port)) if self.kind == "amqtt" else mosquitto
+        quiet = asyncio.subprocess.DEVNULL
+        self._process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    async with aiomqtt.Client("127.0.0.1", self.port):
+                        return
+                except aiomqtt.MqttError:
+                    await asyncio.sleep(0.05)
+
+    async def kill(self):
+        """No goodbye."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+AMQTT = """
+import asyncio, sys
+from agent.demo.broker import Broker
+
+async def serve():
+    async with Broker(port=int(sys.argv[1])):
+        await asyncio.Event().wait()
+
+asyncio.run(serve())
+"""
+MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
+
+
+@pytest.fixture(params=["amqtt", "mosquitto"])
+async def broker(request, tmp_path, unused_tcp_port):
+    """A broker for one story; once the demo's, once the field's where it is installed."""
+    if request.param == "mosquitto" and MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed: apt-get install mosquitto")
+    broker = BrokerProcess(request.param, unused_tcp_port, tmp_path)
+    await broker.start()
+    yield broker
+    await broker.kill()
+
+
+@contextlib.asynccontextmanager
+async def carried(plug, port, **more):
+    """A runner at this broker, for the time of the story."""
+    runner = MqttRunner(
+        plug.engine, plug.door, plug.provider.address, BrokerAddress("127.0.0.1", port, **more)
+    )
+    tasks = [asyncio.create_task(runner.run()), asyncio.create_task(plug.beat())]
+    try:
+        yield runner
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await tasks[0]
+
+
+class Listener:
+    """Another client of the broker: keeps everything it hears about this provider, in order."""
+
+    def __init__(self, client, root):
+        self.client, self.root = client, root
+        self.heard = defaultdict(list)
+        self._news = asyncio.Event()
+
+    async def listen(self):
+        """Until cancelled."""
+        async for message in self.client.messages:
+            self.heard[message.topic.value.removeprefix(f"{self.root}/")].append(message)
+            self._news.set()
+
+    async def until(self, holds, seconds=10.0):
+        """Wait for a condition on what was heard; False in time is a failure of the story."""
+        async with asyncio.timeout(seconds):
+            while not holds():
+                self._news.clear()
+                await self._news.wait()
+
+    def messages(self, sref=SREF, kind=None):
+        """What the door said to this consumer."""
+        said = [decode(message.payload) for message in self.heard[f"out/{sref}"]]
+        return [message for message in said if kind in (None, message.TYPE)]
+
+    def payloads(self, topic):
+        """What was heard on one topic, in order."""
+        return [message.payload for message in self.heard[topic]]
+
+    async def ask(self, data, sref=SREF, **more):
+        """Send a message to the door."""
+        await self.client.publish(f"{self.root}/in/{sref}", data, qos=1, **more)
+
+
+@contextlib.asynccontextmanager
+async def listening(plug, port):
+    """A client that hears everything of this provider."""
+    root = f"v2v/1/{hex0x(plug.provider.address)}"
+    async with aiomqtt.Client("127.0.0.1", port) as client:
+        await client.subscribe(f"{root}/#", qos=1)
+        listener = Listener(client, root)
+        task = asyncio.create_task(listener.listen())
+        try:
+            yield listener
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def hello_topic():
+    """Where the port's Hello stands."""
+    return f"hello/{hex0x(rules.charger_id(PORT))}"
+
+
+async def test_late_comer_finds_the_hello_and_that_the_provider_is_online(plug, broker):
+    """Would catch a Hello that is not retained, not signed by the provider, or published before the time is known."""
+    async with carried(plug, broker.port):
+        async with listening(plug, broker.port) as early:
+            await early.until(lambda: early.payloads("online") == [b"online"])
+            await early.until(lambda: "car/state" in early.heard)
+            assert early.heard[hello_topic()] == []
+            plug.header()
+            await early.until(lambda: early.heard[hello_topic()])
+        async with listening(plug, broker.port) as late:
+            await late.until(lambda: late.heard[hello_topic()] and late.heard["online"])
+            assert late.heard[hello_topic()][0].retain
+            assert late.heard["online"][0].retain
+            hello = decode(late.heard[hello_topic()][0].payload)
+    assert rules.recover(rules.digest(DOMAIN, hello.typed), hello.signature) == plug.provider.address
+    assert hello == plug.door.hello(PORT)
+
+
+async def test_consumer_presents_signs_and_hears_each_news_once(plug, broker):
+    """Would catch a lost answer, news without end, an ack that never comes, and an accept said twice (answer and news)."""
+    terms = plug.plugged_in()
+    async with carried(plug, broker.port), listening(plug, broker.port) as consumer:
+        await consumer.until(lambda: consumer.heard[hello_topic()])
+        hello = decode(consumer.heard[hello_topic()][0].payload)
+        await consumer.ask(plug.present(terms, hello))
+        await consumer.until(lambda: consumer.messages(kind="accept"))
+        plug.read()
+        plug.read(5_012_345, power_w=11_000, pilot_state="C")
+        await consumer.until(
+            lambda: any(reading.delivered_wh == 12 for reading in consumer.messages(kind="reading"))
+        )
+        await consumer.ask(plug.receipt(terms, 12))
+        await consumer.until(lambda: consumer.messages(kind="ack"))
+        for _ in range(3):
+            plug.header()
+        await consumer.ask(plug.stop(terms))
+        await consumer.until(lambda: any(s.stage == "STOPPING" for s in consumer.messages(kind="status")))
+        assert len(consumer.messages(kind="accept")) == 1
+        assert [ack.delivered_wh for ack in consumer.messages(kind="ack")] == [12]
+        statuses = consumer.messages(kind="status")
+        assert len(statuses) == len(set(statuses))
+        # The old nonce is used up, so the next consumer finds another Hello.
+        await consumer.until(lambda: len(consumer.heard[hello_topic()]) == 2)
+    assert consumer.messages(kind="refusal") == []
+
+
+async def test_owner_telemetry_is_retained_and_small(plug, broker):
+    """Would catch telemetry outside the owner's topics, unretained, or beyond what a broker lets through."""
+    plug.delivering()
+    async with carried(plug, broker.port), listening(plug, broker.port) as owner:
+        await owner.until(lambda: "car/port/left/power" in owner.heard and "car/state" in owner.heard)
+        assert owner.payloads("car/port/left/power") == [b"11000"]
+        assert json.loads(owner.payloads("car/state")[0])["ports"] == [PORT]
+        assert all(len(m.payload) <= MESSAGE_BYTES_MAX for topic in owner.heard for m in owner.heard[topic])
+    async with listening(plug, broker.port) as later:
+        await later.until(lambda: later.heard["car/port/left/power"])
+        assert later.heard["car/port/left/power"][0].retain
+
+
+async def test_goodbye_is_said_when_the_daemon_stops(plug, broker):
+    """Would catch a stopped provider that still looks online to consumers."""
+    async with listening(plug, broker.port) as consumer:
+        async with carried(plug, broker.port):
+            await consumer.until(lambda: consumer.payloads("online") == [b"online"])
+        await consumer.until(lambda: consumer.payloads("online") == [b"online", b"offline"])
+
+
+async def test_broker_says_offline_for_a_provider_that_died(plug, broker):
+    """Would catch a missing last will: a crashed car would look online for ever."""
+    async with (
+        TcpProxy(broker.port) as proxy,
+        listening(plug, broker.port) as consumer,
+        carried(plug, proxy.port),
+    ):
+        await consumer.until(lambda: consumer.payloads("online") == [b"online"])
+        for pump in tuple(proxy._pumps):  # both directions end, without a word of MQTT
+            pump.cancel()
+        await consumer.until(lambda: b"offline" in consumer.payloads("online"))
+        # It is only the connection that died: the runner comes back by itself.
+        await consumer.until(lambda: consumer.payloads("online")[-1] == b"online")
+
+
+async def test_runner_comes_back_after_the_broker_was_killed(plug, broker):
+    """Would catch a runner that ends with its broker, or comes back without Hello, online, subscription and news."""
+    terms = plug.delivering()
+    async with carried(plug, broker.port) as runner:
+        async with listening(plug, broker.port) as consumer:
+            await consumer.until(lambda: consumer.messages(kind="accept"))
+        await broker.kill()
+        await eventually(lambda: not runner.connected)
+        await broker.start()
+        async with listening(plug, broker.port) as consumer:
+            await consumer.until(lambda: consumer.payloads("online")[-1:] == [b"online"])
+            await consumer.until(lambda: consumer.heard[hello_topic()] and consumer.messages(kind="accept"))
+            await consumer.ask(plug.receipt(terms, 12))
+            await consumer.until(lambda: consumer.messages(kind="ack"))
+
+
+async def test_runner_waits_for_a_broker_that_is_not_there_yet(plug, broker):
+    """Would catch a daemon that does not start, or ends, because a broker is down: money never depends on one."""
+    await broker.kill()
+    async with carried(plug, broker.port) as runner:
+        await eventually(lambda: runner._problem)
+        await broker.start()
+        async with listening(plug, broker.port) as consumer:
+            await consumer.until(lambda: consumer.payloads("online")[-1:] == [b"online"])
+
+
+async def test_silent_broker_is_a_broken_connection(plug, monkeypatch):
+    """Would catch waiting for ever on a half-open link: connected, subscribed, and nothing is acknowledged any more."""
+    monkeypatch.setattr(mqtt, "PUBACK_WAIT_S", 0.3)
+    connected = asyncio.Semaphore(0)
+
+    async def silent_broker(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                kind, length = await reader.readexactly(2)
+                shift, more = 7, length
+                length &= 0x7F
+                while more & 0x80:
+                    (more,) = await reader.readexactly(1)
+                    length |= (more & 0x7F) << shift
+                    shift += 7
+                body = await reader.readexactly(length)
+                if kind >> 4 == 1:
+                    writer.write(b"\x20\x02\x00\x00")  # CONNACK
+                    connected.release()
+                elif kind >> 4 == 8:
+                    writer.write(b"\x90\x03" + body[:2] + b"\x01")  # SUBACK
+        writer.close()
+
+    server = await asyncio.start_server(silent_broker, "127.0.0.1", 0)
+    async with server, carried(plug, server.sockets[0].getsockname()[1]):
+        async with asyncio.timeout(15):
+            await connected.acquire()
+            await connected.acquire()  # it gave the first connection up and came again
+
+
+# ---- hostile visitors
+
+
+async def test_what_is_not_our_protocol_is_dropped_and_the_next_message_answered(plug, broker):
+    """Would catch a runner killed or silenced by over-size, retained, binary or misnamed messages (rule 5)."""
+    terms = plug.plugged_in()
+    async with listening(plug, broker.port) as consumer:
+        await consumer.ask(plug.present(terms), retain=True)  # a leftover before we came
+        async with carried(plug, broker.port) as runner:
+            await consumer.until(lambda: consumer.heard[hello_topic()])
+            await consumer.ask(b"x" * (MESSAGE_BYTES_MAX + 1))
+            await consumer.ask(b"\xff\xfe not JSON", sref="vandal")
+            await consumer.ask(b"{}", sref="n" * 65)
+            await consumer.until(lambda: consumer.messages("vandal"))
+            assert [m.reason for m in consumer.messages("vandal")] == ["malformed"]
+            hello = decode(consumer.heard[hello_topic()][-1].payload)
+            await consumer.ask(plug.present(terms, hello))
+            await consumer.until(lambda: consumer.messages(kind="accept"))
+            assert runner.connected
+        assert consumer.messages(kind="refusal") == []
+        assert consumer.heard[f"out/{'n' * 65}"] == []
+
+
+async def test_return_address_from_another_transport_cannot_leave_its_topic(plug, broker, monkeypatch):
+    """Would catch a wildcard or slash in a return address that ends the runner, or writes into the owner's topics."""
+    terms = plug.delivering()
+    honest = plug.door.news()
+    evil = [
+        (sref, Status(terms.session_id, "PAUSED", 0, 0, "")) for sref in ("#", "a/b", "+", "", "x" * 65, "\0")
+    ]
+    monkeypatch.setattr(plug.door, "news", lambda: (*evil, *honest))
+    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+        await consumer.until(lambda: consumer.messages(kind="accept"))
+        assert runner.connected
+        assert {topic for topic in consumer.heard if topic.startswith("out/")} == {f"out/{SREF}"}
+
+
+async def test_flood_is_answered_a_few_at_a_turn(plug, broker, monkeypatch):
+    """Would catch a flood that holds the event loop: the charger's beat runs in the same one."""
+    turns, answered_in_turn = 0, defaultdict(int)
+    answer = plug.door.answer
+
+    def counted(*arguments):
+        answered_in_turn[turns] += 1
+        return answer(*arguments)
+
+    monkeypatch.setattr(plug.door, "answer", counted)
+
+    async def count_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+        await consumer.until(lambda: runner.connected)
+        counting = asyncio.create_task(count_turns())
+        for _ in range(400):
+            await consumer.client.publish(f"{consumer.root}/in/vandal", b"{}", qos=0)
+        await consumer.until(lambda: len(consumer.messages("vandal")) >= 100, seconds=20)
+        counting.cancel()
+    assert sum(answered_in_turn.values()) >= 100
+    assert max(answered_in_turn.values()) <= mqtt.HEARD_AT_ONCE_MAX
+    assert len(answered_in_turn) > 10
