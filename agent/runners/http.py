@@ -44,7 +44,7 @@ FIRST_REQUEST_S = 10.0  # who connects and does not finish a request by then onl
 BODY_WAIT_S = 5.0  # 4 KiB take longer only from somebody who trickles
 STREAMS_MAX = 32  # each is looked at with every change
 STREAMS_MAX_PER_SOURCE = 8
-HEARTBEAT_S = 15.0  # finds streams whose reader is gone
+HEARTBEAT_S = 15.0  # keeps a quiet stream open, and finds readers that vanished without a word
 WRITE_WAIT_S = 10.0  # a reader that takes nothing for so long is gone
 NEWS_INTERVAL_S = 0.1  # all streams share one look at the door's news, which signs readings
 KEEPALIVE_S = 15.0
@@ -108,6 +108,7 @@ class HttpRunner:
             lingering_time=LINGER_S,
             auto_decompress=False,  # nothing of ours is compressed, so nothing can unfold
             shutdown_timeout=SHUTDOWN_S,
+            handler_cancellation=True,  # a stream whose reader left gives its place back; our own calls are synchronous
         )
         await runner.setup()
         assert runner.server is not None

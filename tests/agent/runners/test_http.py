@@ -1,0 +1,332 @@
+"""Stories of the local web server: a phone at the plug, and visitors who are not phones."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import aiohttp
+import pytest
+from plug import PORT, SREF, Key, Plug, eventually
+
+from agent.core.messages import MESSAGE_BYTES_MAX, decode
+from agent.core.units import hex0x
+from agent.errors import Misconfigured
+from agent.runners import http
+from agent.runners.http import HttpRunner
+
+
+@pytest.fixture
+def plug(tmp_path):
+    """A provider at a port."""
+    plug = Plug(tmp_path)
+    yield plug
+    plug.close()
+
+
+@contextlib.asynccontextmanager
+async def served(plug, host="127.0.0.1"):
+    """The runner on a free port, and the engine's beat."""
+    runner = HttpRunner(plug.engine, plug.door, host, 0)
+    tasks = [asyncio.create_task(runner.run()), asyncio.create_task(plug.beat())]
+    try:
+        async with asyncio.timeout(5):
+            await runner.listening.wait()
+        yield runner
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await tasks[0]
+
+
+@pytest.fixture
+async def runner(plug):
+    """The server for one story."""
+    async with served(plug) as runner:
+        yield runner
+
+
+@pytest.fixture
+async def phone(runner):
+    """A visitor with a browser's habits."""
+    async with aiohttp.ClientSession(runner.url, timeout=aiohttp.ClientTimeout(total=20)) as session:
+        yield session
+
+
+async def ask(phone, kind, data, sref=SREF):
+    """POST a message: (status, answer)."""
+    async with phone.post(f"/v1/{kind}", data=data, headers={"X-V2V-Sref": sref}) as response:
+        return response.status, decode(await response.read())
+
+
+async def next_event(stream):
+    """The next event of a stream as (name, message); comments are skipped."""
+    lines = []
+    async with asyncio.timeout(10):
+        while not (lines and lines[-1] == b""):
+            line = (await stream.content.readline()).rstrip(b"\n")
+            if not line.startswith(b":") and (line or lines):
+                lines.append(line)
+    name, data = lines[0].removeprefix(b"event: "), lines[1].removeprefix(b"data: ")
+    return name.decode(), decode(data)
+
+
+async def events_until(stream, holds):
+    """Read events until one fits; all of them."""
+    heard = []
+    while not heard or not holds(heard[-1][1]):
+        heard.append(await next_event(stream))
+    return heard
+
+
+async def test_phone_charges_over_http_alone(plug, phone):
+    """Would catch a door that only opens over MQTT: fetch Hello, present, follow, sign, stop, with nothing else."""
+    terms = plug.plugged_in()
+    async with phone.get("/v1/hello") as response:
+        (hello,) = [decode(json.dumps(one).encode()) for one in await response.json()]
+    assert hello == plug.door.hello(PORT)
+    assert await ask(phone, "receipt", plug.receipt(terms, 1)) == (
+        404,
+        plug.door.answer(SREF, "x", plug.receipt(terms, 1)),
+    )
+    status, accept = await ask(phone, "present", plug.present(terms, hello))
+    assert (status, accept.TYPE) == (200, "accept")
+    plug.read()
+    plug.read(5_012_345, power_w=11_000, pilot_state="C")
+    async with phone.get(f"/v1/session/{SREF}") as stream:
+        assert stream.content_type == "text/event-stream"
+        heard = await events_until(stream, lambda message: getattr(message, "power_w", 0) > 0)
+        assert accept in [message for _, message in heard]
+        assert all(name == message.TYPE for name, message in heard)
+        assert (await ask(phone, "receipt", plug.receipt(terms, 12)))[1].delivered_wh == 12
+        heard = await events_until(stream, lambda message: message.TYPE == "ack")
+        assert accept not in [message for _, message in heard]
+        status, standing = await ask(phone, "stop", plug.stop(terms))
+        assert (status, standing.stage) == (200, "STOPPING")
+        await events_until(stream, lambda message: getattr(message, "stage", "") == "STOPPING")
+
+
+async def test_both_ways_lead_to_the_same_door(plug, phone):
+    """Would catch two doors with two memories: the same presentation gets the same answer over either transport."""
+    terms = plug.plugged_in()
+    presentation = plug.present(terms)
+    by_mqtt = plug.door.answer("consumer-7", "mqtt:consumer-7", presentation)
+    assert by_mqtt.TYPE == "accept"
+    assert await ask(phone, "present", presentation) == (200, by_mqtt)
+
+
+async def test_broker_users_session_is_not_heard_over_http(plug, phone):
+    """Would catch a visitor on the local network who listens to a session by guessing a broker's user name."""
+    plug.delivering(sref="consumer-7")
+    async with phone.get("/v1/session/consumer-7") as response:
+        assert response.status == 400
+        assert decode(await response.read()).reason == "malformed"
+
+
+async def test_before_the_time_is_known_no_hello_is_given(phone):
+    """Would catch a Hello dated 1970, which every consumer would call stale."""
+    async with phone.get("/v1/hello") as response:
+        assert (response.status, await response.json()) == (200, [])
+
+
+async def test_refusals_have_their_names_and_their_status(plug, phone):
+    """Would catch a refusal that looks like success to a client that only reads the status, or has no name inside."""
+    terms = plug.plugged_in()
+    stranger = Key("stranger")
+    unknown = plug.receipt(terms, 1).replace(terms.session_id.hex().encode(), b"00" * 32)
+    cases = [
+        ("present", b"{}", 400, "malformed"),
+        ("present", b"x" * (MESSAGE_BYTES_MAX + 1), 413, "malformed"),
+        ("present", plug.present(terms, key=stranger), 403, "wrong_signer"),
+        ("present", plug.present(terms).replace(terms.token.hex().encode(), b"00" * 32), 403, "wrong_token"),
+        ("receipt", unknown, 404, "unknown_session"),
+    ]
+    for kind, data, status, reason in cases:
+        answered = await ask(phone, kind, data)
+        assert (answered[0], answered[1].reason) == (status, reason)
+    used = plug.present(terms)
+    await ask(phone, "present", used)
+    again = plug.present(terms, plug.door._hellos[PORT][0].hello).replace(
+        b'"maxEnergyWh":0', b'"maxEnergyWh":1'
+    )
+    status, refusal = await ask(phone, "present", again)
+    assert (status, refusal.reason) == (409, "replayed")
+    status, refusal = await ask(phone, "present", used, sref="too short")
+    assert (status, refusal.reason) == (400, "malformed")
+
+
+async def test_eager_visitor_is_told_to_wait(plug, runner, phone):
+    """Would catch a source without a limit, or one that is not told when to come again."""
+    for _ in range(40):
+        async with phone.post(
+            "/v1/receipt", data=plug.receipt(plug.connect(), 1), headers={"X-V2V-Sref": SREF}
+        ) as r:
+            if r.status == 429:
+                assert r.headers["Retry-After"] == "1"
+                assert decode(await r.read()).reason == "rate_limited"
+                return
+    pytest.fail("40 messages at once were all taken")
+
+
+# ---- who may ask
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "evil.example:{port}"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "]["}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Host": "localhost:{port}"}, 200),
+        ({"Host": "[::1]:{port}"}, 200),
+        ({"Origin": "http://127.0.0.1:{port}"}, 200),
+    ],
+)
+async def test_pages_of_other_sites_do_not_get_in(runner, phone, headers, status):
+    """Would catch DNS rebinding and cross-site posts from a page that the owner merely has open."""
+    port = runner.url.rpartition(":")[2]
+    headers = {key: value.replace("{port}", port) for key, value in headers.items()}
+    async with phone.get("/status.json", headers=headers) as response:
+        assert response.status == status
+
+
+async def test_every_answer_forbids_a_browser_to_run_or_keep_anything(phone):
+    """Would catch an answer, a stream or an error page without the policy."""
+    for path in ("/v1/hello", "/status.json", "/nowhere", f"/v1/session/{SREF}"):
+        async with phone.get(path) as response:
+            assert response.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert response.headers["Cache-Control"] == "no-store"
+
+
+async def test_owner_reads_the_status_without_full_addresses(plug, phone):
+    """Would catch a page that shows other facts than the book, or shows an account to whoever looks over the shoulder."""
+    terms = plug.delivering()
+    async with phone.get("/status.json") as response:
+        text = await response.text()
+    assert json.loads(text)["ports"][PORT]["session"]["session_id"] == hex0x(terms.session_id)
+    assert terms.consumer.hex() not in text
+    assert terms.provider.hex() not in text
+
+
+# ---- limits
+
+
+async def test_streams_are_limited_for_each_source(phone, runner):
+    """Would catch a visitor who opens streams until every change costs us all our time; and a place that is never free again."""
+    async with contextlib.AsyncExitStack() as open_streams:
+        for _ in range(http.STREAMS_MAX_PER_SOURCE):
+            stream = await open_streams.enter_async_context(phone.get(f"/v1/session/{SREF}"))
+            assert stream.status == 200
+        async with phone.get(f"/v1/session/{SREF}") as refused:
+            assert refused.status == 429
+    await eventually_free(phone)
+
+
+async def eventually_free(phone):
+    """Streams whose readers left give their places back."""
+    async with asyncio.timeout(10):
+        while True:
+            async with phone.get(f"/v1/session/{SREF}") as stream:
+                if stream.status == 200:
+                    return
+            await asyncio.sleep(0.05)
+
+
+async def test_connections_are_limited_for_each_source(runner):
+    """Would catch one visitor who holds every connection: the seventeenth is closed, and a place freed is a place again."""
+    host, port = "127.0.0.1", int(runner.url.rpartition(":")[2])
+    streams = [await asyncio.open_connection(host, port) for _ in range(http.CONNECTIONS_MAX_PER_SOURCE)]
+    reader, writer = await asyncio.open_connection(host, port)
+    async with asyncio.timeout(5):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+    for _, one in [*streams, (reader, writer)]:
+        one.close()
+        with contextlib.suppress(ConnectionError):
+            await one.wait_closed()
+    async with aiohttp.ClientSession() as session, session.get(f"{runner.url}/v1/hello") as response:
+        assert response.status == 200
+
+
+async def test_visitor_who_never_asks_is_shown_out(plug, monkeypatch):
+    """Would catch connections held open by half a request: aiohttp alone would wait for ever."""
+    monkeypatch.setattr(http, "FIRST_REQUEST_S", 0.3)
+    async with served(plug) as runner:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(runner.url.rpartition(":")[2]))
+        writer.write(b"GET /v1/hello HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+        assert runner._strangers == {}
+
+
+async def test_body_that_trickles_is_not_waited_for(plug, monkeypatch):
+    """Would catch a handler that waits as long as a visitor pleases."""
+    monkeypatch.setattr(http, "BODY_WAIT_S", 0.2)
+    async with served(plug) as runner:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(runner.url.rpartition(":")[2]))
+        writer.write(
+            f"POST /v1/present HTTP/1.1\r\nHost: localhost\r\nX-V2V-Sref: {SREF}\r\nContent-Length: 9\r\n\r\n{{".encode()
+        )
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+async def test_silent_stream_is_kept_alive(plug, monkeypatch):
+    """Would catch a stream that a phone's browser gives up because nothing ever comes."""
+    monkeypatch.setattr(http, "HEARTBEAT_S", 0.1)
+    async with (
+        served(plug) as runner,
+        aiohttp.ClientSession(runner.url) as phone,
+        phone.get(f"/v1/session/{SREF}") as stream,
+        asyncio.timeout(10),
+    ):
+        assert await stream.content.readline() == b":\n"
+
+
+# ---- start, bugs, stop
+
+
+async def test_address_in_use_is_named_with_its_remedy(plug):
+    """Would catch a stack trace where an installer needs a sentence."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        runner = HttpRunner(plug.engine, plug.door, "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(Misconfigured, match=r"cannot listen on 127\.0\.0\.1") as refusal:
+            await runner.run()
+    assert "listen" in refusal.value.remedy
+
+
+async def test_bug_behind_the_door_ends_the_runner(plug, monkeypatch):
+    """Would catch a failed journal that becomes a quiet 500 while the agent goes on selling (DESIGN section 6)."""
+
+    def broken(*_):
+        raise AssertionError("the disk is gone")
+
+    monkeypatch.setattr(plug.door, "answer", broken)
+    runner = HttpRunner(plug.engine, plug.door, "127.0.0.1", 0)
+    task = asyncio.create_task(runner.run())
+    await runner.listening.wait()
+    asked = {"data": b"{}", "headers": {"X-V2V-Sref": SREF}}
+    async with aiohttp.ClientSession(runner.url) as phone, phone.post("/v1/present", **asked) as response:
+        assert response.status == 500
+    with pytest.raises(AssertionError, match="the disk is gone"):
+        async with asyncio.timeout(5):
+            await task
+
+
+async def test_open_streams_do_not_hold_up_a_stop(plug):
+    """Would catch a daemon whose stop waits for a phone that follows a session."""
+    async with aiohttp.ClientSession() as phone:
+        async with served(plug) as runner:
+            stream = await phone.get(f"{runner.url}/v1/session/{SREF}")
+            began_s = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - began_s < 5
+        await eventually(lambda: stream.content.at_eof() or stream.content.exception())
+        stream.close()
