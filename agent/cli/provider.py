@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -57,8 +58,9 @@ for _command in ledger_commands("provider"):
 def run(config_file: Path) -> None:
     """Run the agent until Ctrl-C, exactly as systemd does."""
     settings = load_agent(config_file, os.environ)
-    from agent import daemon  # web3 and pymodbus: not before the settings are right
+    from agent import daemon, log  # web3 and pymodbus: not before the settings are right
 
+    log.configure(settings.log.level, settings.log.format, sys.stderr, os.environ)
     asyncio.run(daemon.run(settings, os.environ))
 
 
