@@ -171,7 +171,7 @@ class ScriptedProvider:
         return Status(self.terms.session_id, stage, self.delivered_wh, self.acked_wh, reason)
 
     def final(self, settled_wh: int, stop_reason: str = "EnergyLimitReached") -> Final:
-        cost_wei = RATE_WEI_PER_KWH * settled_wh // 1000
+        cost_wei = self.terms.rate_wei_per_kwh * settled_wh // 1000
         return Final(
             self.terms.session_id,
             "SETTLED",

@@ -364,6 +364,7 @@ class Journey:
 
     async def _checked(self, charged: Charged) -> JourneySummary:
         """The chain against what we signed. Raises Refused("wrong_settlement") when it does not add up."""
+        await self.market.note_mined()
         errand, settlement = self._errand(), charged.settlement
         terms = errand.terms
         assert terms is not None

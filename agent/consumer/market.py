@@ -33,7 +33,7 @@ from agent.consumer.plug import Settlement
 from agent.core import token as rules
 from agent.core.events import Terms
 from agent.core.token import NO_ACK, ZERO_ADDRESS, Domain
-from agent.core.units import Address, Token
+from agent.core.units import Address, Token, TxHash
 from agent.errors import Refused, Transient
 
 ASK_TRIES = 4  # a node that restarts is back within this; a longer outage is the user's to know
@@ -197,6 +197,15 @@ class Market:
             except Refused:
                 return  # it is mined, or its nonce was used: either way nothing is left to repeat
 
+    async def note_mined(self) -> None:
+        """Remember what became of transactions whose end a crash has hidden from us."""
+        errand = self._journal.open_errand
+        done = {mined.tx_hash for mined in (errand.mined if errand is not None else ())}
+        for known in errand.signed if errand is not None else ():
+            receipt = None if known.tx_hash in done else await self._receipt(known.tx_hash)
+            if receipt is not None:
+                self._mined(known.step, SignedTx.from_raw(known.raw_tx), receipt)
+
     async def send(
         self, step: str, data: bytes, value_wei: int = 0, *, again: bool = False
     ) -> TransactionMined:
@@ -255,6 +264,9 @@ class Market:
         return await self._asked(
             lambda: self._node.logs(self._domain.contract, topics, from_block, head.number)
         )
+
+    async def _receipt(self, tx_hash: TxHash) -> Receipt | None:
+        return await self._asked(lambda: self._node.receipt(tx_hash))
 
     async def _asked(self, question: Callable[[], Awaitable[T]]) -> T:
         backoff = Backoff(0.2, 2.0)
