@@ -85,9 +85,8 @@ contract Reference {
     }
 
     function receiptDigest(bytes32 domain, Receipt calldata message) external pure returns (bytes32) {
-        return _digest(
-            domain, keccak256(abi.encode(keccak256("Receipt(bytes32 sessionId,uint64 deliveredWh)"), message))
-        );
+        return
+            _digest(domain, keccak256(abi.encode(keccak256("Receipt(bytes32 sessionId,uint64 deliveredWh)"), message)));
     }
 
     function providerHelloDigest(bytes32 domain, ProviderHello calldata message) external pure returns (bytes32) {
