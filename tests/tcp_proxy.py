@@ -24,13 +24,17 @@ class TcpProxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for pump in tuple(self._pumps):
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self.cut()
 
     def freeze(self) -> None:
         """From now on nothing passes, and nobody is told."""
         self._flowing.clear()
+
+    async def cut(self) -> None:
+        """End every connection."""
+        for pump in tuple(self._pumps):
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         reader_behind, writer_behind = await asyncio.open_connection("127.0.0.1", self._port_behind)

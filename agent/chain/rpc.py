@@ -48,7 +48,7 @@ class Limits:
     close_timeout_s: float = 2  # a peer that does not finish the closing handshake
     silence_s: float = 15  # a subscription the node has forgotten while the link lives
     answer_bytes: int = 16 << 20  # a node that answers without end
-    requests_at_once: int = 16  # our own bugs: a loop must not queue requests without end
+    requests_at_once: int = 16  # our own bursts: a node rations whoever floods it
     hints: int = 256  # a burst of logs; beyond it only "catch up" is kept
     range_blocks_start: int = 2_000
     range_blocks_max: int = 500_000
@@ -146,7 +146,7 @@ class HttpWire:
         body = {"jsonrpc": "2.0", "id": self._next_id, "method": method, "params": params}
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
-                async with self._open_session().post(self.url, json=body) as response:
+                async with self._open_session().post(self.url, json=body, allow_redirects=False) as response:
                     text = await _bounded(response.content, self._limits.answer_bytes, self.url)
         except TimeoutError as problem:
             raise SlowAnswer(

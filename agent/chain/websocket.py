@@ -1,11 +1,13 @@
-"""web3's WebSocket to an Ethereum node, without four of its habits. The only module that imports web3's
+"""web3's WebSocket to an Ethereum node, without five of its habits. The only module that imports web3's
 provider.
 
 What web3 8 does by itself, and why each would hurt a car (tests/assumptions/test_web3.py shows them):
 * waiting for an answer spins the event loop at full load until it comes (ten seconds of it in a tunnel);
 * an error that answers a request made without its method layer kills the listener, and so the connection;
 * 500 unread notifications block every answer behind them;
-* a polite close ends everything without an exception.
+* a polite close ends everything without an exception;
+* sending goes through `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes as the sending is done:
+  a daemon told to stop would then go on.
 So answers and notifications are taken at the public hook where web3 reads the socket (`socket_recv`):
 answers go to whoever waits, notifications to a callback that must not block, and every end, loud or silent,
 is an end with a reason.
@@ -22,7 +24,8 @@ from typing import Any, NoReturn
 from web3 import WebSocketProvider
 from web3.exceptions import PersistentConnectionClosedOK, ProviderConnectionError
 from web3.types import RPCEndpoint
-from websockets.exceptions import ConnectionClosed, PayloadTooBig, WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.frames import CloseCode
 
 from agent.chain.rpc import (
     AnswerTooLarge,
@@ -65,7 +68,8 @@ class _CalmProvider(WebSocketProvider):
         answer: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
         self._waiting[request["id"]] = answer
         try:
-            await self.socket_send(self.encode_rpc_dict(request))
+            assert self._ws is not None
+            await self._ws.send(self.encode_rpc_dict(request).decode())  # the caller limits the time
             return await answer
         finally:
             del self._waiting[request["id"]]
@@ -92,13 +96,14 @@ class _CalmProvider(WebSocketProvider):
         if message.get("method") == "eth_subscription":
             self._on_notification(message)
             return
-        answer = self._waiting.get(message.get("id"))
+        asked = message.get("id")
+        answer = self._waiting.get(asked) if isinstance(asked, int) else None
         if answer is not None and not answer.done():
             answer.set_result(message)
 
     def _end(self, reason: BaseException | str) -> None:
         end = unreachable(str(self.endpoint_uri), reason)
-        if isinstance(reason, ConnectionClosed) and isinstance(reason.__cause__, PayloadTooBig):
+        if isinstance(reason, ConnectionClosed) and reason.sent and reason.sent.code == CloseCode.MESSAGE_TOO_BIG:
             end = AnswerTooLarge(
                 f"the Ethereum node at {shown(str(self.endpoint_uri))} answered too much at once"
             )

@@ -79,7 +79,12 @@ async def test_unread_notifications_block_every_answer_behind_them() -> None:
         await socket.send(result(request, "0x1"))
 
     async with server(flood_then_answer) as url:
-        provider = WebSocketProvider(url, subscription_response_queue_size=10, request_timeout=0.3)
+        provider = WebSocketProvider(
+            url,
+            subscription_response_queue_size=10,
+            request_timeout=0.3,
+            websocket_kwargs={"close_timeout": 0.2},
+        )
         async with AsyncWeb3(provider) as w3:
             with pytest.raises(Exception, match="Timed out waiting for response"):
                 await w3.eth.chain_id

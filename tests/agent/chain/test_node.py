@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
-from aiohttp import web
+from rpc_servers import HASTY, liar
 from tcp_proxy import TcpProxy
 from toy_contract import REVERTING, RUNTIME, TOPIC, deploy, sender_for
-from websockets.asyncio.server import ServerConnection, serve
 
 from agent.chain.node import CatchUp, Header, RawLog, Reverted, Web3Node, check_deployment, tx_hash_of
 from agent.chain.rpc import Limits
 from agent.demo.devnet import Devnet
 from agent.demo.eth_methods import ProviderLimits
 from agent.errors import Misconfigured, Refused, Transient
-
-HASTY = Limits(
-    connect_timeout_s=1,
-    request_timeout_s=0.5,
-    ping_interval_s=0.1,
-    ping_timeout_s=0.1,
-    close_timeout_s=0.1,
-    silence_s=0.2,
-    hints=4,
-)
 
 
 @pytest.fixture
@@ -217,18 +203,6 @@ async def test_a_half_open_link_is_noticed(net: Devnet) -> None:
             await within(5, anext(hints))
 
 
-async def test_a_request_into_a_half_open_link_ends(net: Devnet) -> None:
-    """Would catch a request without a time-out, over either transport."""
-    async with TcpProxy(net.port) as proxy:
-        for scheme in ("ws", "http"):
-            async with Web3Node(f"{scheme}://127.0.0.1:{proxy.port}", limits=HASTY) as node:
-                if scheme == "ws":
-                    await node.head()
-                    proxy.freeze()
-                with pytest.raises(Transient):
-                    await within(5, node.head())
-
-
 async def test_a_forgotten_subscription_is_noticed(net: Devnet) -> None:
     """Would catch a link that answers pings while the node behind it forgot us: silence must be looked into."""
     async with Web3Node(net.url_ws, limits=HASTY) as node, node.watch(b"\x01" * 20, []) as hints:
@@ -343,51 +317,7 @@ async def test_wrong_chain_no_contract_and_foreign_code_stop_us(net: Devnet, nod
         await check_deployment(node, 1337, foreign, Ours())
 
 
-@pytest.mark.parametrize("scheme", ["ws", "http"])
-async def test_an_unreachable_node_is_named_soon_and_without_its_secrets(
-    scheme: str, unused_tcp_port: int
-) -> None:
-    """Would catch half a minute of silent retries, and an API key in a log."""
-    began = time.monotonic()
-    async with Web3Node(f"{scheme}://user:pass@127.0.0.1:{unused_tcp_port}/v3/apikey") as node:
-        with pytest.raises(
-            Transient, match=f"node at {scheme}://127.0.0.1:{unused_tcp_port} cannot"
-        ) as problem:
-            await node.head()
-    assert time.monotonic() - began < 5
-    assert "v2v devnet" in problem.value.remedy
-    assert not any(secret in str(problem.value) for secret in ("user", "pass", "apikey"))
-
-
-async def test_an_address_of_another_kind_is_a_mistake_of_the_configuration() -> None:
-    """Would catch a typo in the address that is retried for ever."""
-    with pytest.raises(Misconfigured, match="no address"):
-        Web3Node("ftp://127.0.0.1")
-
-
 # ---- nodes that are not what they should be
-
-
-@asynccontextmanager
-async def liar(answer: object, *, status: int = 200) -> AsyncIterator[str]:
-    """A server that gives every POST the same answer."""
-
-    async def respond(request: web.Request) -> web.Response:
-        asked = json.loads(await request.read())
-        text = (
-            answer if isinstance(answer, str) else json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer})
-        )
-        return web.Response(text=text, status=status)
-
-    app = web.Application()
-    app.router.add_post("/", respond)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 @pytest.mark.parametrize(
@@ -417,40 +347,3 @@ async def test_nonsense_is_named_and_never_believed(answer: object) -> None:
     async with liar(answer) as url, Web3Node(url) as node:
         with pytest.raises(Transient):
             await node.head()
-
-
-@pytest.mark.parametrize("said", ["<html>", "[" * 300_000, "7", '{"id": 99, "result": 1}'])
-async def test_nonsense_over_a_websocket_ends_the_connection_or_the_patience(said: str) -> None:
-    """Would catch a node that kills the process with brackets (py_ecc lifts the recursion limit), or hangs it."""
-
-    async def talk(socket: ServerConnection) -> None:
-        async for _ in socket:
-            await socket.send(said)
-
-    async with serve(talk, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        async with Web3Node(f"ws://127.0.0.1:{port}", limits=HASTY) as node:
-            for _ in range(2):
-                with pytest.raises(Transient):
-                    await within(5, node.chain_id())
-
-
-async def test_an_endless_answer_is_cut_off() -> None:
-    """Would catch memory that a hostile node can fill."""
-    async with (
-        liar({"result": "0x" + "00" * 100_000}) as url,
-        Web3Node(url, limits=Limits(answer_bytes=50_000)) as node,
-    ):
-        with pytest.raises(Transient, match="more than 50000 bytes"):
-            await node.code(b"\x01" * 20)
-
-
-@pytest.mark.parametrize(
-    ("status", "words"), [(429, "HTTP 429"), (401, "does not let us in"), (502, "no JSON")]
-)
-async def test_http_refusals_say_what_to_do(status: int, words: str) -> None:
-    """Would catch a rationing or locked-out provider that looks like a dead network."""
-    async with liar("busy", status=status) as url, Web3Node(url) as node:
-        with pytest.raises(Transient, match=words) as problem:
-            await node.head()
-    assert problem.value.remedy

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -17,10 +14,8 @@ from eth_hash.auto import keccak
 from toy_contract import deploy, sender_for
 
 from agent.chain.node import Web3Node
-from agent.core.units import hex0x
 from agent.demo import devnet
 from agent.demo.devnet import Devnet, address_from_key, derive_key
-from agent.demo.eth_methods import block_json
 
 
 @pytest.fixture
@@ -136,41 +131,6 @@ async def test_blocks_come_with_the_wall_clock(http: aiohttp.ClientSession) -> N
         assert answer["result"]["number"] == hex(net.evm.head.number)
 
 
-async def test_a_block_can_be_checked_by_its_hash(net: Devnet) -> None:
-    """Would catch a header field that is missing or wrong: whoever hashes what we say must get what we
-    claim.
-    """
-    rlp = pytest.importorskip("rlp")
-    net.mine()
-    shown = block_json(net.evm.head, full=False)
-    parents = (
-        "parentHash",
-        "sha3Uncles",
-        "miner",
-        "stateRoot",
-        "transactionsRoot",
-        "receiptsRoot",
-        "logsBloom",
-    )
-    gas = ("difficulty", "number", "gasLimit", "gasUsed", "timestamp")
-    seal = (
-        "extraData",
-        "mixHash",
-        "nonce",
-        "baseFeePerGas",
-        "withdrawalsRoot",
-        "blobGasUsed",
-        "excessBlobGas",
-    )
-    requests = ("parentBeaconBlockRoot", "requestsHash")
-    numbers = {*gas, "baseFeePerGas", "blobGasUsed", "excessBlobGas"}
-    values = [
-        int(shown[name], 16) if name in numbers else bytes.fromhex(shown[name][2:])
-        for name in (*parents, *gas, *seal, *requests)
-    ]
-    assert hex0x(keccak(rlp.encode(values))) == shown["hash"]
-
-
 async def test_the_same_seed_funds_the_same_accounts(net: Devnet) -> None:
     """Would catch keys that change between runs, or labels that share one key."""
     assert net.key("alice") == derive_key("v2v", "alice") == keccak(b"v2v\0alice")
@@ -207,36 +167,3 @@ async def test_a_reader_that_never_reads_is_cut_off(net: Devnet, monkeypatch: py
     async with Web3Node(net.url_ws) as node, node.watch(b"\x01" * 20, []):
         net.mine(20)  # without a pause in which anything could be sent
         await until(lambda: net.subscription_count == 0)
-
-
-def test_the_command_says_what_it_made_and_stops_when_told() -> None:
-    """Would catch a command that cannot be scripted: one JSON line, a chain that answers, SIGTERM ends it
-    with 0.
-    """
-    command = [sys.executable, "-m", "agent", "devnet", "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            made = json.loads(process.stdout.readline())
-            assert made["chain_id"] == 1337
-            assert made["throw_away_accounts"]["alice"]["key"] == hex0x(derive_key("v2v", "alice"))
-            assert made["url_ws"].startswith("ws://127.0.0.1:")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
-        finally:
-            process.kill()
-
-
-def test_a_taken_port_is_named_with_a_remedy() -> None:
-    """Would catch a traceback where somebody only has another node running."""
-
-    async def occupied() -> subprocess.CompletedProcess[str]:
-        async with Devnet() as net:
-            command = [sys.executable, "-m", "agent", "devnet", "--port", str(net.port)]
-            return await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=30, check=False
-            )
-
-    finished = asyncio.run(occupied())
-    assert finished.returncode == 78
-    assert "choose another --port" in finished.stderr
-    assert "Traceback" not in finished.stderr
