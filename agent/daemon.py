@@ -56,6 +56,7 @@ from firmware_bridge.stopping import StopModel
 
 ENGINE_BEAT_S = 0.25  # time makes events due too; 4 Hz keeps every deadline within a quarter second
 SLEEP_S_MAX = 1.0  # a suspend, not the difference between two clock reads
+CANCEL_TRIES, CANCEL_EVERY_S = 20, 0.25  # five seconds; the unit's TimeoutStopSec kills what hangs longer
 HOLD_ON_EXIT_S = 3.0  # a charger that does not answer by then is left to its own failsafe
 
 log = structlog.get_logger(__name__)
@@ -133,8 +134,17 @@ async def _run_until(stop: asyncio.Event, engine: Engine, runners: Sequence[_Run
         tasks = [group.create_task(runner.run(), name=type(runner).__name__) for runner in runners]
         tasks.append(group.create_task(_engine_beat(engine), name="engine"))
         await stop.wait()
+        await _cancelled(tasks)
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """End these tasks. More than once if needed: before Python 3.12, `asyncio.wait_for` inside a library can swallow one."""
+    for _ in range(CANCEL_TRIES):
         for task in tasks:
             task.cancel()
+        _, pending = await asyncio.wait(tasks, timeout=CANCEL_EVERY_S)
+        if not pending:
+            return
 
 
 class _Runner(Protocol):

@@ -90,9 +90,25 @@ class ChainWatch:
         async with self._node.watch(self._domain.contract, topics) as hints:
             await self._check_chain()
             await self.look()
+            await self._look_at_hints(hints)
+
+    async def _look_at_hints(self, hints: AsyncIterator[Hint]) -> None:
+        """Look at every hint, and now and then without one. The waiting is a task of its own: a time-out that cancelled
+        it would end the subscription.
+        """
+        hint: asyncio.Task[Hint] | None = None
+        try:
             while True:
-                await _next_hint(hints)
+                hint = hint or asyncio.create_task(_next_of(hints))
+                done, _ = await asyncio.wait({hint}, timeout=LOOK_EVERY_S)
+                if done:
+                    hint.result()
+                    hint = None
                 await self.look()
+        finally:
+            if hint is not None:
+                hint.cancel()
+                await asyncio.wait({hint})
 
     async def _check_chain(self) -> None:
         chain_id = await self._node.chain_id()
@@ -278,12 +294,9 @@ class ChainWatch:
         self._engine.accept(event)
 
 
-async def _next_hint(hints: AsyncIterator[Hint]) -> None:
-    """Wait for a hint, but not for ever. A watch never ends quietly: its end raises Transient."""
+async def _next_of(hints: AsyncIterator[Hint]) -> Hint:
+    """The next hint. A watch never ends quietly: its end raises Transient."""
     try:
-        async with asyncio.timeout(LOOK_EVERY_S):
-            await anext(hints)
-    except TimeoutError:
-        return
+        return await anext(hints)
     except StopAsyncIteration as end:
         raise Transient("the subscription ended") from end
