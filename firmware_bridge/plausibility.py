@@ -23,8 +23,8 @@ _REFRESH_MS = (
     2_000  # the slowest meter refresh allowed for: between two reads a counter may catch up on that much
 )
 _BLIND_MS = 2_000  # after a gap this long the integral of power says nothing; start comparing afresh
-_WINDOW_UWH = 100_000_000  # compare counter and power over windows of 100 Wh
-_JUDGE_UWH = 50_000_000  # ... and not before half of it: steps and meter lag weigh too much in less
+_WINDOW_UWH = 500_000_000  # compare counter and power over windows of 500 Wh
+_JUDGE_UWH = 50_000_000  # ... and not before a tenth of it: steps and meter lag weigh too much in less
 _MARGIN_PERCENT = 20  # a car may draw somewhat more than it was offered before anything is wrong
 
 

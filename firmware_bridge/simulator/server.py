@@ -243,10 +243,13 @@ class _Device:
         plant = self.simulator.now()
         for point in self.map.reads.values():
             if point.read_fc == fc:
-                self._show(point, plant, start, current)
+                pinned = self.simulator.config.pinned.get(point.name)
+                value = self._true_value(point.name, plant) if pinned is None else pinned
+                self._show(point, value, plant.config.phase_count, start, current)
         for point in self.writable:
-            if point.read_fc == fc and point.name in ("set_current_ma", "enable", "lock"):
-                self._show(point, plant, start, current)
+            held = self._held_value(point, plant) if point.read_fc == fc else None
+            if held is not None:
+                self._show(point, held, 1, start, current)
         return None
 
     def _written(self, address: int, words: tuple[int, ...], now_ms: int) -> ExcCodes | None:
@@ -296,14 +299,27 @@ class _Device:
         return True
 
     # -------------------------------------------------------------- what a register shows
-    def _show(self, point: Point, plant: Plant, start: int, current: list[int]) -> None:
-        shown = self.simulator.config.pinned.get(point.name, self._true_value(point.name, plant))
+    def _held_value(self, point: Point, plant: Plant) -> int | None:
+        """What the device really holds at a place that can be written; None: whatever was written last."""
+        failsafe = self.map.failsafe
+        if failsafe is not None and point == failsafe.timeout_ms:
+            return plant.failsafe_timeout_ms
+        if failsafe is not None and point in failsafe.fallback:
+            return plant.failsafe_current_ma if point.name == "current_ma" else None
+        if point.name == "set_current_ma":
+            return plant.offered_ma
+        if point.name in ("enable", "lock"):
+            on = plant.enabled if point.name == "enable" else plant.locked
+            return point.on if on else point.off
+        return None
+
+    @staticmethod
+    def _show(point: Point, shown: Value, phase_count: int, start: int, current: list[int]) -> None:
         per_address: list[Value] = [shown] * len(point.addresses)
-        if point.name == "current_ma" and isinstance(shown, int):  # phases that are not there carry none
-            idle = len(point.addresses) - plant.config.phase_count
-            share = shown // plant.config.phase_count if point.combine == "sum" else shown
-            live = len(point.addresses) - max(0, idle)
-            per_address = [share if at < live else 0 for at in range(len(point.addresses))]
+        if len(point.addresses) > 1 and point.name == "current_ma" and isinstance(shown, int):
+            # Phases that are not there carry nothing.
+            share = shown // phase_count if point.combine == "sum" else shown
+            per_address = [share if at < phase_count else 0 for at in range(len(point.addresses))]
         for address, value in zip(point.addresses, per_address, strict=True):
             try:
                 words = point.words(value)
@@ -328,12 +344,7 @@ class _Device:
             "pilot_state": plant.pilot_state,
             "contactor_closed": plant.contactor_closed,
             "fault": plant.fault,
-            "set_current_ma": plant.offered_ma,
         }
-        if name in ("enable", "lock"):
-            switch = self.map.commands[name]
-            on = plant.enabled if name == "enable" else plant.locked
-            return switch.on if on else switch.off
         if name in ("register_import_mwh", "register_export_mwh"):
             return values["register_mwh"] if name == forward else 0
         point = self.map.reads.get(name)
