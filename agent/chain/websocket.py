@@ -103,7 +103,11 @@ class _CalmProvider(WebSocketProvider):
 
     def _end(self, reason: BaseException | str) -> None:
         end = unreachable(str(self.endpoint_uri), reason)
-        if isinstance(reason, ConnectionClosed) and reason.sent and reason.sent.code == CloseCode.MESSAGE_TOO_BIG:
+        if (
+            isinstance(reason, ConnectionClosed)
+            and reason.sent
+            and reason.sent.code == CloseCode.MESSAGE_TOO_BIG
+        ):
             end = AnswerTooLarge(
                 f"the Ethereum node at {shown(str(self.endpoint_uri))} answered too much at once"
             )
