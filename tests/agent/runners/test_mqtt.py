@@ -230,8 +230,7 @@ async def test_broker_says_offline_for_a_provider_that_died(plug, broker):
         carried(plug, proxy.port),
     ):
         await consumer.until(lambda: consumer.payloads("online") == [b"online"])
-        for pump in tuple(proxy._pumps):  # both directions end, without a word of MQTT
-            pump.cancel()
+        await proxy.cut()
         await consumer.until(lambda: b"offline" in consumer.payloads("online"))
         # It is only the connection that died: the runner comes back by itself.
         await consumer.until(lambda: consumer.payloads("online")[-1] == b"online")
