@@ -73,7 +73,9 @@ def test_every_event_comes_back_as_it_was(kind, path):
     """A field that changes on the disk is money or a register that changes over a restart."""
     journal = opened(path)
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+    @settings(
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=15
+    )
     @given(event_of(kind))
     def there_and_back(event):
         journal.append(event)
