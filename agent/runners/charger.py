@@ -101,6 +101,9 @@ class ChargerRunner:
         if not self._armed and self._may_arm():
             await self._charger.arm(self._failsafe_timeout_s)
             self._armed = True
+            # The first reading may show the failsafe as tripped, by our own absence: arming has just ended that.
+            reading = await self._charger.read()
+            self._planner.observe(reading)
         self._report(reading)
         self._sign_records()
         await self._act()
