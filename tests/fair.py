@@ -39,10 +39,12 @@ class LateCarrier(MemoryCarrier):
         self.fair = fair
 
     async def meet(self, provider) -> None:
+        """The script begins."""
         self.provider = self.fair.scripted()
         assert provider == self.provider.terms.provider
 
     async def ask_hello(self) -> None:
+        """A Hello by chain time."""
         self.provider.now_s = self.fair.now_s
         await super().ask_hello()
 
@@ -105,6 +107,7 @@ class Fair(Bazaar):
 
     @property
     def now_s(self) -> int:
+        """Time of the newest block."""
         return int(self.net.evm.head.header.timestamp)
 
     def pass_time(self, seconds: int) -> None:
@@ -113,14 +116,17 @@ class Fair(Bazaar):
         self.net.mine()
 
     async def auction(self) -> contract.AuctionState:
+        """Carol's auction."""
         return contract.decode_auctions(
             await self.node.call(self.address, contract.encode_auctions(self.consumer.address))
         )
 
     async def session(self, token) -> contract.SessionState:
+        """A session, as the contract holds it."""
         return contract.decode_sessions(await self.node.call(self.address, contract.encode_sessions(token)))
 
     async def ledger_wei(self, account) -> int:
+        """Somebody's ledger."""
         return contract.decode_balances(await self.node.call(self.address, contract.encode_balances(account)))
 
     async def until(self, holds, seconds: float = 15.0) -> None:

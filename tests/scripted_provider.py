@@ -24,7 +24,6 @@ from agent.core.messages import (
     Present,
     ReadingMessage,
     ReceiptMessage,
-    Refusal,
     Status,
     decode,
     encode,
@@ -96,6 +95,7 @@ class ScriptedProvider:
     grant: Present | None = None
 
     def signed(self, typed: rules.TypedMessage, key: Signer | None = None) -> bytes:
+        """Sign as the operator, or with another key."""
         return (key or self.key).sign_digest(rules.digest(self.domain, typed))
 
     def hello(self, *, key: Signer | None = None, **forged) -> Hello:
@@ -143,6 +143,7 @@ class ScriptedProvider:
         return self.accept(challenge) if self.accepting else None
 
     def accept(self, challenge: bytes, *, key: Signer | None = None) -> Accept:
+        """SessionAccept over this challenge."""
         typed = rules.SessionAccept(self.terms.session_id, challenge, 5_000, 50, self.now_s)
         return Accept(self.terms.session_id, challenge, 5_000, 50, self.now_s, self.signed(typed, key))
 
@@ -168,9 +169,11 @@ class ScriptedProvider:
         )
 
     def status(self, stage: str, reason: str = "") -> Status:
+        """Where the session stands."""
         return Status(self.terms.session_id, stage, self.delivered_wh, self.acked_wh, reason)
 
     def final(self, settled_wh: int, stop_reason: str = "EnergyLimitReached") -> Final:
+        """The end, as the provider tells it."""
         cost_wei = self.terms.rate_wei_per_kwh * settled_wh // 1000
         return Final(
             self.terms.session_id,
@@ -202,9 +205,11 @@ class MemoryCarrier:
         pass
 
     async def meet(self, provider) -> None:
+        """The right provider was asked for."""
         assert provider == self.provider.terms.provider
 
     async def ask_hello(self) -> None:
+        """Show the Hellos on display."""
         for hello in [self.provider.hello()] if self.shown is None else self.shown:
             self.say(hello)
 
@@ -213,6 +218,7 @@ class MemoryCarrier:
         self.inbox.put(encode(message))
 
     async def post(self, kind, data: bytes) -> None:
+        """Carry it over and the answer back."""
         if self.losing(kind):
             return
         answer = self.provider.answer(data)
@@ -220,6 +226,7 @@ class MemoryCarrier:
             self.say(answer)
 
     async def next(self, timeout_s: float) -> bytes | None:
+        """The next message."""
         return await self.inbox.next(timeout_s)
 
 
@@ -235,19 +242,23 @@ class PlayedChain:
     away: BaseException | None = None
 
     async def signers(self, provider):
+        """Owner and operator."""
         self.asked += 1
         self._be_away()
         return self.signers_now
 
     async def now_s(self) -> int:
+        """Chain time."""
         self._be_away()
         return self.at_s
 
     async def is_open(self, token) -> bool:
+        """Open until a test says otherwise."""
         self._be_away()
         return self.open
 
     async def settlement(self, terms):
+        """As a test played it."""
         self._be_away()
         return self.settled
 
@@ -308,4 +319,5 @@ class Told(list):
     """Every progress that was told."""
 
     def __call__(self, progress) -> None:
+        """Remember it."""
         self.append(progress)

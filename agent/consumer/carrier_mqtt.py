@@ -26,6 +26,7 @@ from agent.core.units import Address, hex0x
 from agent.errors import Misconfigured, Transient
 
 PUBLISH_TIMEOUT_S = 5.0  # a broker that takes and never acknowledges
+ENTER_TRIES = 3  # a broker that just restarts is back by then; nobody waits longer to hear that it is down
 NOT_AUTHORISED = (4, 5)  # CONNACK return codes of MQTT 3.1.1: bad user name or password, not authorised
 
 
@@ -53,15 +54,17 @@ class MqttCarrier:
         self._inbox = Inbox()
         self._client: aiomqtt.Client | None = None
         self._root = ""
-        self._up = asyncio.Event()
+        self._tried = asyncio.Event()  # connected, or ENTER_TRIES times not
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._stay_connected(), name="consumer-mqtt")
-        up = asyncio.create_task(self._up.wait())
-        await asyncio.wait({self._task, up}, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        up.cancel()
-        if self._up.is_set():
+        tried = asyncio.create_task(self._tried.wait())
+        await asyncio.wait(
+            {self._task, tried}, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        tried.cancel()
+        if self._client is not None:
             return self
         ended = self._task
         await self.__aexit__()
@@ -112,11 +115,13 @@ class MqttCarrier:
                     self._client, self.trouble = client, ""
                     backoff.reset()
                     await self._subscribe()
-                    self._up.set()
+                    self._tried.set()
                     await self._listen(client)
             except aiomqtt.MqttError as problem:
                 self.trouble = str(problem) or type(problem).__name__
                 self._refuse_if_unwelcome(problem)
+                if backoff.tries + 1 >= ENTER_TRIES:
+                    self._tried.set()
             finally:
                 self._client = None
             await asyncio.sleep(backoff.next_s())

@@ -101,8 +101,8 @@ class JourneySummary:
 def _transaction_json(mined: TransactionMined) -> dict[str, Any]:
     return {
         "step": mined.step,
-        "tx_hash": hex0x(mined.tx_hash),
-        "block_number": mined.block_number,
+        "tx": hex0x(mined.tx_hash),
+        "block": mined.block_number,
         "gas_used": mined.gas_used,
         "fee_wei": str(mined.fee_wei),
         "succeeded": mined.succeeded,

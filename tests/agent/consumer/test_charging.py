@@ -44,6 +44,7 @@ class Story:
 
     @property
     def signed_wh(self):
+        """The highest receipt."""
         return self.plug.errand.energy_wh_signed
 
     def read(self, wh, **how):

@@ -1,6 +1,5 @@
 """The consumer's memory: what a crash may not take, and what it must refuse."""
 
-import os
 import sqlite3
 
 import pytest
@@ -163,7 +162,7 @@ def test_a_file_that_is_no_journal_is_said_so(tmp_path):
 def test_others_on_this_machine_cannot_read_it(tmp_path):
     """Would catch signatures and nonces readable by every account."""
     written(tmp_path)
-    assert os.stat(tmp_path / "consumer.sqlite").st_mode & 0o077 == 0
+    assert (tmp_path / "consumer.sqlite").stat().st_mode & 0o077 == 0
 
 
 def test_the_session_key_lies_beside_and_is_named_after_the_session(tmp_path):

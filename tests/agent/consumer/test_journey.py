@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import ClassVar
 
 import pytest
 from fair import BID, ORDER, Fair
@@ -67,7 +68,7 @@ class Crash(BaseException):
 class CrashingJournal(ConsumerJournal):
     """Loses power once just before, and once just after, each kind of fact is written."""
 
-    seen: set = set()
+    seen: ClassVar[set] = set()
 
     def write(self, fact):
         """Write, with the power going on either side of it."""
