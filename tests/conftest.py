@@ -5,6 +5,8 @@ By default the examples are the same on every machine and in every run, so that 
 in it.
 """
 
+import asyncio
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -24,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the Hypothesis profile, and name the mark that keeps slow stories for `--long`."""
+    # looptime asks for the current loop in every test; without this one is made that nobody closes.
+    asyncio.set_event_loop(None)
     settings.load_profile("long" if config.getoption("--long") else "quick")
     config.addinivalue_line("markers", "long: runs only with --long")
 
