@@ -131,13 +131,29 @@ class FaultySlave:
         """What an honest reply shows."""
         return tuple(self.written.get(at, at + 1000) for at in range(address, address + count))
 
-    def _honest(self, pdu: bytes) -> bytes:
+    def _obeys(self, fault: str) -> bool:
+        """With these faults a write is not done either, so that believing its reply is seen to be wrong."""
+        deaf = {
+            "silence",
+            "hang_up",
+            "exception",
+            "wrong_unit",
+            "bad_crc",
+            "read_instead",
+            "wrong_address",
+            "wrong_value",
+        }
+        return fault not in deaf and not (fault == "wrong_tid" and self.kind == "tcp")
+
+    def _honest(self, pdu: bytes, *, obey: bool) -> bytes:
         function, address, number = pdu[0], int.from_bytes(pdu[1:3], "big"), int.from_bytes(pdu[3:5], "big")
         self.requests.append((asyncio.get_running_loop().time(), function, address, number))
         if function in (3, 4):
             return bytes([function, 2 * number]) + b"".join(
                 v.to_bytes(2, "big") for v in self.holds(address, number)
             )
+        if not obey:
+            return pdu if function == 6 else pdu[:5]
         if function == 6:
             self.written[address] = number
             return pdu
@@ -147,8 +163,8 @@ class FaultySlave:
 
     # -------------------------------------------------------------- what is said
     def _answer(self, tid: int, unit: int, pdu: bytes, send) -> None:
-        reply = self._honest(pdu)
         fault = self.faults.popleft() if self.faults else "none"
+        reply = self._honest(pdu, obey=self._obeys(fault))
         frame = self._frame(tid, unit, self._bent(fault, pdu, reply))
         if fault == "wrong_unit":
             frame = self._frame(tid, unit + 1, reply)

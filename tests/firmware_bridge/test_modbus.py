@@ -110,6 +110,36 @@ async def test_after_a_time_out_the_bus_is_silent_for_half_a_second(kind):
             await bus.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_words_nobody_asked_for_make_the_bus_wait(kind):
+    """Would catch a bus that asks on while a late talker may still answer somebody else's question."""
+    async with FaultySlave(kind) as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        try:
+            slave.faults.append("twice")
+            assert await try_read(bus, 10, 2) == slave.holds(10, 2)
+            await asyncio.sleep(0.1)  # the second reply comes after 20 ms, to nobody
+            assert await try_read(bus, 50, 2) == slave.holds(50, 2)
+            first, second = (request[0] for request in slave.requests)
+            assert second - first >= 0.5
+        finally:
+            await bus.close()
+
+
+async def test_a_transaction_without_number_is_not_ours():
+    """Would catch pymodbus' leniency towards transaction 0, with which every late reply fits every question."""
+    async with FaultySlave("tcp") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        try:
+            slave.faults.extend(["zero_tid", "zero_tid"])
+            assert await try_read(bus, 10, 2) == "wrong_reply"
+            assert bus.rejected == 2
+        finally:
+            await bus.close()
+
+
 async def test_stop_goes_before_everything_that_waits():
     """Would catch a STOP that queues behind the polls."""
     async with FaultySlave("tcp") as slave:
