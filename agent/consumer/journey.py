@@ -353,13 +353,6 @@ class Journey:
         self.journal.write(Conceded(self.journal.at_s, conceded_wh))
         return await self.market.concede(errand.terms.token, conceded_wh)
 
-    async def settle(self) -> TransactionMined:
-        """Pay what is claimed, once the challenge or validity and grace are over."""
-        errand = self._errand()
-        if errand.terms is None:
-            raise Refused("not_connected", "there is no session to settle")
-        return await self.market.settle(errand.terms.token)
-
     # ---- the end
 
     async def _checked(self, charged: Charged) -> JourneySummary:

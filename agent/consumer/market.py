@@ -21,7 +21,6 @@ from agent.chain.contract import (
     AuctionState,
     Connected,
     ConnectionEnded,
-    MarketParameters,
     SessionOpened,
     SessionState,
 )
@@ -74,10 +73,6 @@ class Market:
     async def auction(self) -> AuctionState:
         """Our auction; its nonce also when there is none."""
         return contract.decode_auctions(await self._view(contract.encode_auctions(self.consumer)))
-
-    async def parameters(self) -> MarketParameters:
-        """The market's rules."""
-        return contract.decode_parameters(await self._view(contract.encode_parameters()))
 
     async def ledger_wei(self, block_hash: bytes | None = None) -> int:
         """Our money in the contract that is not locked."""
@@ -174,18 +169,6 @@ class Market:
     async def concede(self, token: Token, energy_wh: int) -> TransactionMined:
         """End the connection ourselves: pay this much, the rest comes back after the challenge."""
         return await self.send("end", contract.encode_end_connection(token, energy_wh, NO_ACK))
-
-    async def settle(self, token: Token) -> TransactionMined:
-        """After the challenge, or validity and grace: pay what is claimed."""
-        return await self.send("settle", contract.encode_settle(token))
-
-    async def deposit(self, amount_wei: int) -> TransactionMined:
-        """Into our ledger."""
-        return await self.send("deposit", contract.encode_deposit(), amount_wei)
-
-    async def withdraw(self, amount_wei: int, to: Address) -> TransactionMined:
-        """Out of our ledger."""
-        return await self.send("withdraw", contract.encode_withdraw(amount_wei, to))
 
     async def repeat(self, step: str) -> None:
         """Broadcast the newest transaction of this step again, should a reorg have thrown it out."""

@@ -4,13 +4,18 @@ import asyncio
 import json
 from typing import ClassVar
 
+import aiomqtt
 import pytest
 from fair import BID, ORDER, Fair
 
+from agent.chain import contract
+from agent.consumer.carrier_mqtt import Broker, MqttCarrier
 from agent.consumer.journal import ConsumerJournal
 from agent.consumer.journey import Order
 from agent.consumer.plug import Step
-from agent.core.units import cost_wei_ceil, cost_wei_floor
+from agent.core.messages import encode
+from agent.core.units import cost_wei_ceil, cost_wei_floor, hex0x
+from agent.demo.broker import Broker as EmbeddedBroker
 from agent.errors import Misconfigured, Refused
 
 DEPOSIT = cost_wei_ceil(ORDER.rate_wei_per_kwh_start, ORDER.energy_wh)
@@ -171,8 +176,6 @@ async def test_somebody_else_ended_the_empty_auction(fair):
     await fair.until(fair._is_live)
     await fair.crash()
     fair.pass_time(30)
-    from agent.chain import contract
-
     await fair.send(fair.provider.owner.signer, contract.encode_end_auction(fair.consumer.address))
     assert buying.cancelled()
     with pytest.raises(Refused) as refused:
@@ -240,11 +243,11 @@ async def test_conceding_pays_what_was_signed_and_the_rest_comes_back(fair):
     state = await fair.session(token)
     assert (mined.step, state.claimed_wh) == ("end", 50)
     fair.pass_time(max(0, state.settle_at_s - fair.now_s) + 1)
-    await journey.settle()
+    await fair.send(fair.provider.owner.signer, contract.encode_settle(token))  # anyone may
     summary = await fair.buys()
     assert summary.energy_wh_settled == 50
     assert summary.cost_wei == cost_wei_floor(BID, 50)
-    assert [one.step for one in summary.transactions] == ["start_auction", "connect", "end", "settle"]
+    assert [one.step for one in summary.transactions] == ["start_auction", "connect", "end"]
 
 
 async def test_a_settlement_above_our_receipts_is_shouted_about(fair):
@@ -294,3 +297,42 @@ async def test_the_key_of_the_session_is_private_and_survives(fair):
     path.chmod(0o644)
     with pytest.raises(Misconfigured, match="can be read by others"):
         journey._session_key(fair.consumer_journal.open_errand.terms.session_id)
+
+
+async def test_a_whole_purchase_over_a_real_broker(fair):
+    """Would catch a journey that works only when every message is a function call."""
+    sref, root = "aa" * 16, f"v2v/1/{hex0x(fair.evp)}"
+    async with EmbeddedBroker() as broker, aiomqtt.Client(broker.host, broker.port) as client:
+        await client.subscribe(f"{root}/in/+", qos=1)
+
+        class Out:
+            """Where the script speaks: the broker's topics."""
+
+            def say(self, message):
+                task = asyncio.ensure_future(client.publish(f"{root}/out/{sref}", encode(message), qos=1))
+                said.add(task)
+
+        async def play():
+            await fair.until(lambda: getattr(fair.consumer_journal.open_errand, "terms", None) is not None)
+            script = fair.scripted()
+            await client.publish(f"{root}/hello/0x01", encode(script.hello()), qos=1, retain=True)
+            async for message in client.messages:
+                assert message.topic.value == f"{root}/in/{sref}"
+                answer = script.answer(message.payload)
+                if answer is not None:
+                    fair.carrier.say(answer)
+
+        said: set = set()
+        fair.carrier = Out()
+        async with MqttCarrier(Broker(broker.host, broker.port), sref) as carrier:
+            buying = fair.buying = asyncio.create_task(fair.prepared().charge(ORDER, carrier))
+            playing = asyncio.create_task(play())
+            await fair.offers()
+            for wh in (60, 200):
+                await fair.delivers(wh)
+            await fair.settles()
+            summary = await buying
+            playing.cancel()
+            await asyncio.wait({playing, *said})
+    assert (summary.energy_wh_settled, summary.energy_wh_acked) == (200, 200)
+    assert summary.ocmf_begin
