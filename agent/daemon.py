@@ -52,6 +52,7 @@ from agent.runners.systemd import SystemdRunner
 from contracts import load_artefact
 from firmware_bridge.charger import BridgeError, Charger, Identity, MapError
 from firmware_bridge.mapped_charger import ChargerConfig, MeterConfig, open_charger
+from firmware_bridge.modbus import Buses
 from firmware_bridge.stopping import StopModel
 
 ENGINE_BEAT_S = 0.25  # time makes events due too; 4 Hz keeps every deadline within a quarter second
@@ -115,7 +116,8 @@ async def _start(
     provider = Address(config.chain.provider)
     journal = Journal(config.journal.path, domain, provider)
     stack.callback(journal.close)
-    ports = [await stack.enter_async_context(_charger(port)) for port in config.ports]
+    buses = Buses()
+    ports = [await stack.enter_async_context(_charger(port, buses)) for port in config.ports]
     signer = load_signer(config.keys.operator, config.keys.operator_password, environ=environ)
     meter_signer = load_meter_signer(config.keys.meter, config.keys.meter_password, environ=environ)
     require_different_keys(signer, meter_signer)
@@ -168,10 +170,10 @@ async def _engine_beat(engine: Engine) -> None:
 
 
 @asynccontextmanager
-async def _charger(port: PortConfig) -> AsyncIterator[_Port]:
+async def _charger(port: PortConfig, buses: Buses) -> AsyncIterator[_Port]:
     """A charger that answers and is held; held again, and its wire given back, at the end."""
     try:
-        charger = await open_charger(_charger_config(port))
+        charger = await open_charger(_charger_config(port), buses)
     except MapError as error:
         raise Misconfigured(str(error), remedy=f"correct [[ports]] {port.name}") from error
     except BridgeError as error:
@@ -316,6 +318,7 @@ def _charger_runner(engine: Engine, port: _Port, meter_signer: MeterSigner) -> C
         port.config.name,
         port.charger,
         failsafe_timeout_s=port.config.failsafe_timeout_s,
+        beat_interval_ms=port.config.poll_interval_ms,
         stop_model=StopModel(ev_lag_ms=port.config.ev_lag_ms, ramp_ma_per_s=port.config.ev_ramp_ma_per_s),
         meter=MeterIdentity(identity.maker, identity.model, identity.serial, identity.firmware),
         meter_signer=meter_signer,

@@ -45,13 +45,14 @@ class MeterSigner(Protocol):
 class ChargerRunner:
     """Drives one charging port."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything this port is made of
         self,
         engine: Engine,
         port: str,
         charger: Charger,
         *,
         failsafe_timeout_s: int,
+        beat_interval_ms: int | None = None,
         stop_model: StopModel,
         meter: record.MeterIdentity,
         meter_signer: MeterSigner,
@@ -59,18 +60,23 @@ class ChargerRunner:
     ) -> None:
         self._engine, self.port, self._charger = engine, port, charger
         self._failsafe_timeout_s = failsafe_timeout_s
+        # Never faster than the device and its wire allow.
+        self._beat_interval_ms = max(charger.limits.poll_interval_ms, beat_interval_ms or 0)
         self._meter, self._meter_signer, self._monotonic_ms = meter, meter_signer, monotonic_ms
         self._stop_model = stop_model
         self._planner = StopPlanner(charger.limits, stop_model)
         self._plan = NO_PLAN
         self._armed = False
+        self._offering = False
         self._held_since_ms: int | None = None  # since when a stop is commanded and not seen obeyed
-        self.beat_at_ms = monotonic_ms()  # the newest complete beat, or handled wire error: the watchdog looks at this
+        self.beat_at_ms = (
+            monotonic_ms()
+        )  # the newest complete beat, or handled wire error: the watchdog looks at this
 
     async def run(self) -> None:
         """For ever: beat. A wire error ends the beat, never the loop."""
         wait_s = RECONNECT_S[0]
-        interval_s = self._charger.limits.poll_interval_ms / 1000
+        interval_s = self._beat_interval_ms / 1000
         loop = asyncio.get_running_loop()
         next_s = loop.time()
         while True:
@@ -79,7 +85,7 @@ class ChargerRunner:
                 wait_s = RECONNECT_S[0]
             except BridgeError as error:
                 log.warning("charger.lost", port=self.port, error=str(error))
-                self._armed = False
+                self._armed = self._offering = False
                 self._engine.observe(PortLost(self.port))
                 self.beat_at_ms = self._monotonic_ms()
                 await asyncio.sleep(wait_s)
@@ -95,7 +101,9 @@ class ChargerRunner:
 
     async def _beat(self) -> None:
         if self._plan.stop_at_ms is not None and self._monotonic_ms() >= self._plan.stop_at_ms:
-            await self._act()  # the scheduled stop goes before the reading: a reading takes up to 0.1 s on a serial line
+            await (
+                self._act()
+            )  # the scheduled stop goes before the reading: a reading takes up to 0.1 s on a serial line
         reading = await self._charger.read()
         self._planner.observe(reading)
         if not self._armed and self._may_arm():
@@ -137,10 +145,16 @@ class ChargerRunner:
         if self._plan.current_ma == 0:
             await self._stop(Firmness.HOLD)
             return
+        if (
+            not self._offering
+        ):  # the box may have been switched off and on since we armed it: look before power flows
+            await self._charger.arm(self._failsafe_timeout_s)
+            self._offering = True
         self._held_since_ms = None
         await self._charger.set_limit(current_ma=self._plan.current_ma)
 
     async def _stop(self, firmness: Firmness) -> None:
+        self._offering = False
         if self._held_since_ms is None:
             self._held_since_ms = self._monotonic_ms()
         try:
