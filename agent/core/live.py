@@ -109,7 +109,7 @@ class Live:
     def rest_register_mwh(self, port: str) -> int | None:
         """The register, if two readings in a row, without power offered, saw the contactor open at the same value. Else None."""
         reading = self.reading(port)
-        if reading is None or self.ports[port].offered:
+        if reading is None:
             return None
         previous = self.ports[port].previous
         if previous is None or not (reading.seen_open and previous.seen_open):

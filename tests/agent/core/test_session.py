@@ -291,6 +291,17 @@ def test_rule_1_a_register_that_runs_backwards_never_takes_energy_back():
     assert story.session.energy_wh_delivered == 0
 
 
+def test_rule_1_delivered_is_never_below_what_the_consumer_signed():
+    """A grant made smaller, or a meter that ran backwards, after the receipt: the signature is the stronger word."""
+    story = (
+        delivering().passes(10) >> receipt(20) >> presents(TERMS, presentation(max_energy_wh=10, salt="less"))
+    )
+    story.passes(5)
+    assert story.stage is S.SETTLING
+    assert story.session.energy_wh_delivered == 20
+    assert story.owed_of(SignSettlement)[0].energy_wh == 20
+
+
 def test_rule_1_delivered_is_never_above_the_order():
     """What the counter shows beyond the order is the provider's loss, never the consumer's debt."""
     story = delivering(signing=True)
@@ -422,6 +433,15 @@ def test_rule_2_the_cap_on_unfinal_energy_hinders_until_finality():
     assert story.stage is S.PAUSED
     story = (story >> final(big)).passes(3)
     assert story.delivering
+
+
+def test_rule_2_finality_is_lost_with_the_block():
+    """It was final, a finality bug or another node took it away: the new block starts with the small cap again."""
+    again = connect(fork=1)
+    story = (delivering() >> final()).passes(3)
+    assert story.session.final
+    story = (story >> orphaned()).passes(3) >> seen(again) >> believed(again)
+    assert not story.session.final
 
 
 def test_rule_2_the_one_way_door_hinders_before_everything():
