@@ -19,6 +19,7 @@ from agent.core.units import WH_PER_KWH
 
 WEI_PER_COIN = 10**18
 LINE_EVERY_S = 5.0  # without a terminal: a line now and then instead of a bar
+PLAIN_WIDTH = 140  # without a terminal: room for a whole transaction hash, which somebody may want to look up
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Screen:
     """Tells the evening as it happens."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream, highlight=False, width=None if stream.isatty() else 110)
+        self._console = Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
         self._began_s = time.monotonic()
         self._live: Live | None = None
         self._bar = Progress(
