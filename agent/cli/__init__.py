@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 import click
 
-from agent.errors import EXIT_USAGE, AgentError
+from agent.errors import EXIT_DONE, EXIT_USAGE, AgentError
 
 # name -> (module:attribute, what `v2v --help` says)
 COMMANDS = {
@@ -70,12 +71,16 @@ def cli() -> None:
     """Let one electric car sell energy to another, with no company in the middle."""
 
 
-def main() -> None:
-    """The console script: run, and turn our errors into one message and one exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: run, and turn our errors into one message and one exit code. Always ends in SystemExit.
+
+    `arguments` as typed after `v2v`; None: those of this process.
+    """
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        done = cli.main(arguments, prog_name="v2v", standalone_mode=False)
+        sys.exit(
+            done if isinstance(done, int) else EXIT_DONE
+        )  # click returns the code of --help and its like
     except click.Abort:
         sys.exit(130)  # 128 + SIGINT, as shells have it
     except click.ClickException as error:

@@ -52,7 +52,10 @@ def check(file: Path, *, is_consumer: bool, as_json: bool) -> None:
 
 @config.command()
 def schema() -> None:
-    """Print the JSON Schema of agent.toml, for editors that complete TOML."""
+    """Print the JSON Schema of agent.toml.
+
+    Editors that know TOML complete and check settings with it.
+    """
     click.echo(json.dumps(agent_schema(), indent=2))
 
 

@@ -60,8 +60,6 @@ _PARAMETERS: Final = {  # option -> what it says in --help; the order of the Sol
     "bond_bps": "The provider's bond, in 1/10000 of the cost.",
 }
 
-_NO_TIMES: Final = ("soft_close_count_max", "bond_bps")
-
 Command = Callable[..., Any]
 
 
@@ -93,7 +91,10 @@ def _parameter_options(command: Command) -> Command:
 @market_options(None, signs=True, deploys=True)
 @json_option
 def deploy(access: Access, *, short: bool, as_json: bool, **said: int | None) -> None:
-    """Put a new market on the chain; the key's account becomes its organisation."""
+    """Put a new market on the chain.
+
+    The key's account becomes its organisation. The rules below never change afterwards.
+    """
     given = {name: value for name, value in said.items() if value is not None}
     asyncio.run(_deploy(access, replace(SHORT if short else MarketParameters(), **given), as_json=as_json))
 
@@ -245,13 +246,16 @@ async def _show_market(access: Access, *, as_json: bool) -> None:
         ("market", "open" if is_active else "paused"),
         ("holds", ether(holds_wei)),
     ]
-    told += [(field.name.replace("_", " "), _rule(field.name, rules)) for field in fields(rules)]
+    told += [_rule(field.name, getattr(rules, field.name)) for field in fields(rules)]
     echo(value, facts(told), as_json=as_json)
 
 
-def _rule(name: str, rules: MarketParameters) -> str:
-    amount: int = getattr(rules, name)
-    return str(amount) if name in _NO_TIMES else duration(amount)
+def _rule(name: str, value: int) -> tuple[str, str]:
+    """`bidding_s_min` 60 -> ("bidding min", "1 min"), `bond_bps` 5000 -> ("bond", "50.00 % of the cost")."""
+    if name == "bond_bps":
+        return "bond", f"{value // 100}.{value % 100:02d} % of the cost"
+    label = name.replace("_s_", "_").removesuffix("_s").replace("_", " ")
+    return label, str(value) if "count" in name else duration(value)
 
 
 async def _show_ev(access: Access, ev: Address, *, as_json: bool) -> None:

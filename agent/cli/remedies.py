@@ -52,10 +52,6 @@ REMEDIES: Final[dict[str, str]] = {
     "OverAmount": "Name at most the energy that was ordered.",
     "InvalidReceipt": "The consumer's signature does not prove this amount; use the newest receipt of this session.",
     "TooEarly": "Anyone may settle from the time the error names (unix seconds) on; the parties may end it before.",
-    # ---- signatures inside a receipt (OpenZeppelin's ECDSA)
-    "ECDSAInvalidSignature": "The signature is damaged; use the newest receipt of this session.",
-    "ECDSAInvalidSignatureLength": "The signature must have 65 bytes; use the newest receipt of this session.",
-    "ECDSAInvalidSignatureS": "The signature is not in its canonical form (low s); sign again with this software.",
     # ---- the node's own
     "nonce_too_low": "Another transaction of this account was faster; run the command again.",
     "nonce_too_high": "An earlier transaction of this account is missing; wait for it, or send it again.",

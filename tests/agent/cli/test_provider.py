@@ -1,0 +1,330 @@
+"""`v2v provider` on the real contract: what there is to bid on, what a bid locks, every refusal by its name, and the exits."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from story import CONSUMER, DOMAIN, PROVIDER, TERMS, at, receipt, reverts, settles
+from town import Town, v2v
+
+from agent.chain import contract
+from agent.cli.provider import _block_at
+from agent.core.session import Stage
+from agent.core.token import NO_ACK
+from agent.core.units import hex0x
+from agent.journal import Journal
+from agent.keys import new_key
+
+RATE = 1_000_000  # wei per kWh that auctions below start at; 200 Wh cost 200_000 wei
+BIDDING_S = 600
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory):
+    """A chain with people, for all stories of this file."""
+    with Town(tmp_path_factory.mktemp("town")) as town:
+        yield town
+
+
+@pytest.fixture
+def market(town):
+    """A market of the story's own: alice and bob sell, carol buys, dave is no EV."""
+    town.open_market("--short")
+    return town
+
+
+def bid(town, who, rate, *more, consumer="carol"):
+    """Somebody's bid, as typed."""
+    consumer = town.address(consumer)
+    return town.v2v("provider", "bid", "--consumer", consumer, "--rate", str(rate), *more, as_=who)
+
+
+# ---- auctions and bids
+
+
+def test_two_owners_bid_against_each_other(market):
+    """Would catch a bond that is not the contract's, one sent twice, and an outbid owner who is not paid back."""
+    market.start_auction("carol", rate=RATE)
+    (auction,) = market.v2v("provider", "auctions", "--json").json["auctions"]
+    assert auction["consumer"] == market.address("carol")
+    assert (auction["rate_wei_per_kwh_max"], auction["leader"]) == (str(RATE), None)
+
+    alice = bid(market, "alice", RATE, "--json").json
+    assert (alice["bond_wei"], alice["sent_wei"], alice["ledger_wei"]) == ("200000", "200000", "0")
+
+    bob = bid(market, "bob", 900_000, "--auction-nonce", "1", "--json").json
+    assert bob["bond_wei"] == "180000"
+    assert market.v2v("provider", "balance", market.address("alice"), "--json").json["ledger_wei"] == "200000"
+    (auction,) = market.v2v("provider", "auctions", "--json").json["auctions"]
+    assert (auction["leader"], auction["rate_wei_per_kwh_max"]) == (market.address("bob"), "891000")
+
+    again = bid(market, "alice", 800_000, "--json").json
+    assert (again["sent_wei"], again["ledger_wei"]) == ("0", "40000"), "the freed bond pays for the next bid"
+    lower = bid(market, "alice", 700_000, "--json").json
+    assert (lower["sent_wei"], lower["ledger_wei"]) == ("0", "60000"), "a leader's own bond comes back first"
+
+
+def test_a_person_sees_what_is_locked_and_until_when(market):
+    """Would catch an owner who binds money without being told how much."""
+    market.start_auction("carol", rate=RATE)
+    said = bid(market, "alice", RATE)
+    assert said.exit_code == 0
+    assert "0.0000000000002 ETH, of which 0.0000000000002 ETH were sent along" in said.out
+    assert "bidding closes" in said.out
+    listed = market.v2v("provider", "auctions").out
+    assert market.address("alice") in listed
+    assert "left" in listed
+
+
+@pytest.mark.parametrize(
+    ("who", "rate", "more", "name", "remedy"),
+    [
+        ("alice", RATE + 1, (), "BidTooHigh(rateMax=1000000)", "Bid at most"),
+        ("dave", RATE, (), "NotEV(", "add-ev"),
+        ("carol", RATE, (), "SelfDeal", "another account"),
+        ("alice", 0, (), "RateOutOfRange(", "at least 1"),
+        ("alice", RATE, ("--auction-nonce", "7"), "StaleAuction(auctionNonce=1)", "v2v provider auctions"),
+    ],
+    ids=lambda value: value.partition("(")[0] if isinstance(value, str) else None,
+)
+def test_a_refused_bid_is_named_with_its_remedy(market, who, rate, more, name, remedy):
+    """Would catch "execution reverted": the owner must know which rule said no, and what to do."""
+    market.start_auction("carol", rate=RATE)
+    said = bid(market, who, rate, *more)
+    assert said.exit_code == 3
+    assert name in said.err
+    assert remedy in said.err
+    assert said.out == ""
+
+
+def test_there_must_be_an_auction(market):
+    """Would catch a bid that is sent, and paid for, where nothing can be won."""
+    assert market.v2v("provider", "auctions").out == "There is no live auction.\n"
+    said = bid(market, "alice", RATE)
+    assert said.exit_code == 3
+    assert "NoAuction" in said.err
+
+
+def test_an_empty_wallet_learns_how_much_is_missing(market, tmp_path):
+    """Would catch "insufficient funds for gas * price + value" left to the owner to work out."""
+    market.start_auction("carol", rate=RATE)
+    poor = new_key(tmp_path / "poor.key")
+    said = market.v2v(
+        "provider",
+        "bid",
+        "--consumer",
+        market.address("carol"),
+        "--rate",
+        "5",
+        "--key",
+        str(tmp_path / "poor.key"),
+    )
+    assert said.exit_code == 3
+    assert "unfunded" in said.err
+    assert f"to {hex0x(poor.address)}" in said.err
+    assert "Send at least" in said.err
+
+
+def test_after_closing_it_is_over(market):
+    """Would catch a list that invites to a bid the contract refuses."""
+    market.start_auction("carol", rate=RATE, bidding_s=BIDDING_S)
+    market.pass_time(BIDDING_S)
+    (auction,) = market.v2v("provider", "auctions", "--json").json["auctions"]
+    assert auction["biddable"] is False
+    assert "over" in market.v2v("provider", "auctions").out
+    said = bid(market, "alice", RATE)
+    assert said.exit_code == 3
+    assert "AuctionClosed" in said.err
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(0, 40), st.data())
+def test_the_first_block_of_a_time_is_found_by_halving(gaps, start_block, data):
+    """Would catch an off-by-one that hides the oldest live auction, or reads a whole chain's logs for nothing."""
+    times = [sum(gaps[: n + 1]) for n in range(len(gaps))]
+    start_block = min(start_block, len(times) - 1)
+    at_s = data.draw(st.integers(0, times[-1]))
+    asked = []
+
+    async def header(number):
+        asked.append(number)
+        return SimpleNamespace(timestamp_s=times[number])
+
+    market = SimpleNamespace(node=SimpleNamespace(header=header), start_block=start_block)
+    searching = _block_at(market, at_s, len(times) - 1)
+    with pytest.raises(StopIteration) as found:
+        searching.send(None)
+    expected = next(n for n, time_s in enumerate(times) if time_s >= at_s)
+    assert found.value.value == max(expected, start_block)
+    assert len(asked) <= 6
+
+
+# ---- money
+
+
+def test_money_goes_in_and_comes_out(market):
+    """Would catch a deposit or withdrawal of another amount, or to somebody else."""
+    put = market.v2v("provider", "deposit", "0.05 ETH", "--json", as_="alice").json
+    assert put["ledger_wei"] == str(5 * 10**16)
+    part = market.v2v(
+        "provider", "withdraw", "0.02 ETH", "--to", market.address("dave"), "--json", as_="alice"
+    ).json
+    assert (part["to"], part["ledger_wei"]) == (market.address("dave"), str(3 * 10**16))
+    rest = market.v2v("provider", "withdraw", "all", "--json", as_="alice").json
+    assert (rest["to"], rest["withdrawn_wei"], rest["ledger_wei"]) == (
+        market.address("alice"),
+        str(3 * 10**16),
+        "0",
+    )
+    shown = market.v2v("provider", "balance", market.address("alice"))
+    assert "in the ledger  0 ETH" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "exit_code", "words"),
+    [
+        (("withdraw", "all"), 3, "nothing_to_withdraw"),
+        (("withdraw", "5 ETH"), 3, "Insufficient(available=0, needed=5000000000000000000)"),
+        (("withdraw", "much"), 2, "no amount"),
+        (("deposit", "0"), 2, "nothing"),
+        (("deposit", "5000 ETH"), 3, "Send at least"),
+    ],
+)
+def test_impossible_amounts_are_explained(market, typed, exit_code, words):
+    """Would catch a transaction sent to be refused, and a sum read in another unit."""
+    said = market.v2v("provider", *typed, as_="bob")
+    assert said.exit_code == exit_code
+    assert words in said.err
+
+
+def test_the_operator_is_named_limited_and_revoked(market):
+    """Would catch a hot key that may do more than its owner typed, or that outlives its revocation."""
+    ev = market.address("alice")
+    named = market.v2v("provider", "set-operator", market.address("dave"), "--json", as_="alice").json
+    assert named["bond_wei_limit"] == "0"
+    limited = ("set-operator", market.address("dave"), "--bond-limit", "0.5 ETH")
+    assert market.v2v("provider", *limited, as_="alice").exit_code == 0
+    shown = market.v2v("organisation", "show", "--ev", ev, "--json").json
+    assert (shown["operator"], shown["bond_wei_limit"]) == (market.address("dave"), str(5 * 10**17))
+    revoked = market.v2v("provider", "set-operator", "0x" + "00" * 20, as_="alice")
+    assert "none any more" in revoked.out
+    shown = market.v2v("organisation", "show", "--ev", ev, "--json").json
+    assert shown["operator"] == "0x" + "00" * 20
+
+
+def test_anyone_settles_what_is_overdue(market):
+    """Would catch a stranded session: the consumer conceded, the provider is silent, time is over."""
+    market.start_auction("carol", rate=RATE, bidding_s=BIDDING_S)
+    assert bid(market, "alice", RATE).exit_code == 0
+    market.pass_time(BIDDING_S)
+    opened = market.send("carol", contract.encode_connect(market.net.address("alice"), 200))
+    logs = [contract.decode_log(log.address, log.topics, log.data) for log in opened.logs]
+    token = next(log.token for log in logs if isinstance(log, contract.SessionOpened))
+    early = market.v2v("provider", "settle", hex0x(token), as_="dave")
+    assert early.exit_code == 3
+    assert "TooEarly(" in early.err
+    assert "UTC" in early.err
+    market.send("carol", contract.encode_end_connection(token, 50, NO_ACK))
+    market.pass_time(60)
+    paid = market.v2v("provider", "settle", hex0x(token), "--json", as_="dave").json
+    assert (paid["energy_wh_settled"], paid["cost_wei"]) == (50, "50000")
+    assert market.v2v("provider", "balance", market.address("alice"), "--json").json["ledger_wei"] == "250000"
+    again = market.v2v("provider", "settle", hex0x(token), as_="dave")
+    assert again.exit_code == 3
+    assert "NoSession" in again.err
+
+
+# ---- sessions, from the journal
+
+
+def settings(folder):
+    """agent.toml of the story's provider."""
+    path = folder / "agent.toml"
+    path.write_text(f"""
+[chain]
+urls = ["ws://127.0.0.1:1"]
+chain_id = {DOMAIN.chain_id}
+contract = "{hex0x(DOMAIN.contract)}"
+provider = "{hex0x(PROVIDER.address)}"
+[[ports]]
+name = "left"
+map = "simulated"
+wire = "tcp://127.0.0.1:1"
+current_ma_max = 32_000
+phase_count = 3
+[journal]
+path = "./journal.sqlite"
+""")
+    return str(path)
+
+
+def journal_of(story, folder):
+    """The story's events as the daemon keeps them: an open journal with its lock."""
+    journal = Journal(folder / "journal.sqlite", DOMAIN, PROVIDER.address)
+    for event in story.journal.events:
+        journal.append(event)
+    return journal
+
+
+@pytest.mark.parametrize(
+    ("stage", "delivered_wh", "signed_wh", "settled_wh"),
+    [
+        (Stage.MATCHED, 0, 0, None),
+        (Stage.DELIVERING, 6, 6, None),  # what flowed beyond the signature, only the running agent knows
+        (Stage.SETTLED, 10, 8, 8),
+        (Stage.STRANDED, 10, 8, 3),
+    ],
+)
+def test_sessions_are_read_while_the_daemon_writes_them(tmp_path, stage, delivered_wh, signed_wh, settled_wh):
+    """Would catch a list that takes the daemon's lock, misses its newest row, or shows other numbers than the book's."""
+    story = at(stage)
+    if stage is Stage.DELIVERING:
+        story = story >> receipt(6)
+    file = settings(tmp_path)
+    journal = journal_of(story, tmp_path)
+    (session,) = v2v("provider", "sessions", "--config", file, "--json").json["sessions"]
+    journal.close()
+    assert session["session_id"] == hex0x(TERMS.session_id)
+    assert (session["stage"], session["energy_wh_ordered"]) == (stage, TERMS.energy_wh_ordered)
+    assert (session["energy_wh_delivered"], session["energy_wh_acked"]) == (delivered_wh, signed_wh)
+    assert session["energy_wh_settled"] == settled_wh
+    paid_wh = delivered_wh if settled_wh is None else settled_wh
+    assert session["cost_wei"] == str(3 * 10**14 * paid_wh)
+    assert "hindrance" not in session
+    text = v2v("provider", "sessions", "--config", file)
+    assert text.exit_code == 0, "the daemon has ended"
+    row = text.out.splitlines()[1].split()
+    assert row[:3] == [session["session_id"][:10], stage, str(TERMS.energy_wh_ordered)]
+
+
+def test_a_settlement_that_fails_is_explained_below_the_table(tmp_path):
+    """Would catch an owner who sees STRANDED and nothing else."""
+    story = at(Stage.SETTLING) >> settles() >> reverts("InvalidReceipt")
+    journal_of(story, tmp_path).close()
+    said = v2v("provider", "sessions", "--config", settings(tmp_path))
+    assert "InvalidReceipt. The consumer's signature does not prove this amount" in said.out
+
+
+def test_a_new_agent_has_no_sessions(tmp_path):
+    """Would catch a table of nothing."""
+    Journal(tmp_path / "journal.sqlite", DOMAIN, PROVIDER.address).close()
+    file = settings(tmp_path)
+    assert v2v("provider", "sessions", "--config", file).out == "There is no session yet.\n"
+    assert v2v("provider", "sessions", "--config", file, "--json").json == {"sessions": []}
+
+
+def test_without_a_journal_there_is_a_next_step(tmp_path):
+    """Would catch a traceback, or an empty list that looks like an agent which sold nothing."""
+    said = v2v("provider", "sessions", "--config", settings(tmp_path))
+    assert said.exit_code == 3
+    assert "no_journal" in said.err
+    assert "v2v provider run" in said.err
+
+
+def test_a_journal_of_another_market_is_refused(tmp_path):
+    """Would catch one market's sessions shown as another's."""
+    file = settings(tmp_path)
+    Journal(tmp_path / "journal.sqlite", DOMAIN, CONSUMER.address).close()
+    said = v2v("provider", "sessions", "--config", file)
+    assert said.exit_code == 78
+    assert "belongs to provider" in said.err
