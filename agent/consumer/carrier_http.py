@@ -43,7 +43,8 @@ class HttpCarrier:
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            headers={SREF_HEADER: self._sref},
+            headers={SREF_HEADER: self._sref, "Accept-Encoding": "identity"},
+            auto_decompress=False,  # nothing of ours is compressed, so nothing can unfold
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
         )

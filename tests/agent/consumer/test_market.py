@@ -141,6 +141,29 @@ async def test_a_journaled_transaction_whose_nonce_was_used_is_given_up_for_a_ne
     assert (await fair.auction()).auction_nonce == 1
 
 
+async def test_a_transaction_under_way_is_waited_for_and_not_sent_beside(fair):
+    """Would catch a restart that pays for a second, failing auction while the first one waits for its block."""
+    fair.net.methods.automine = False
+    fair.buys()
+    await fair.until(lambda: fair.consumer_journal.errand is not None and fair.consumer_journal.errand.signed)
+    await fair.until(_waiting_for(fair, 1))
+    await fair.crash()
+    fair.buys()
+    await fair.until(lambda: fair.buying is not None and fair.journey.journal.open_errand is not None)
+    await asyncio.sleep(0.3)  # time enough to do it wrong
+    fair.net.methods.automine = True
+    fair.net.mine()
+    await fair.until(fair._is_live)
+    assert await fair.node.nonce(fair.consumer.address, pending=True) == 1
+
+
+def _waiting_for(fair, count):
+    async def holds():
+        return await fair.node.nonce(fair.consumer.address, pending=True) == count
+
+    return holds
+
+
 async def test_the_same_transaction_twice_is_one_transaction(fair):
     """Would catch a repeat that is not the same bytes."""
     journey = fair.prepared()
