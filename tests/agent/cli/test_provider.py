@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from story import CONSUMER, DOMAIN, PROVIDER, TERMS, at, receipt, reverts, settles
 from town import Town, v2v
 
-from agent.chain import contract
 from agent.cli.provider import _block_at
 from agent.core.session import Stage
-from agent.core.token import NO_ACK
 from agent.core.units import hex0x
 from agent.journal import Journal
 from agent.keys import new_key
@@ -159,42 +157,7 @@ def test_the_first_block_of_a_time_is_found_by_halving(gaps, start_block, data):
     assert len(asked) <= 6
 
 
-# ---- money
-
-
-def test_money_goes_in_and_comes_out(market):
-    """Would catch a deposit or withdrawal of another amount, or to somebody else."""
-    put = market.v2v("provider", "deposit", "0.05 ETH", "--json", as_="alice").json
-    assert put["ledger_wei"] == str(5 * 10**16)
-    part = market.v2v(
-        "provider", "withdraw", "0.02 ETH", "--to", market.address("dave"), "--json", as_="alice"
-    ).json
-    assert (part["to"], part["ledger_wei"]) == (market.address("dave"), str(3 * 10**16))
-    rest = market.v2v("provider", "withdraw", "all", "--json", as_="alice").json
-    assert (rest["to"], rest["withdrawn_wei"], rest["ledger_wei"]) == (
-        market.address("alice"),
-        str(3 * 10**16),
-        "0",
-    )
-    shown = market.v2v("provider", "balance", market.address("alice"))
-    assert "in the ledger  0 ETH" in shown.out
-
-
-@pytest.mark.parametrize(
-    ("typed", "exit_code", "words"),
-    [
-        (("withdraw", "all"), 3, "nothing_to_withdraw"),
-        (("withdraw", "5 ETH"), 3, "Insufficient(available=0, needed=5000000000000000000)"),
-        (("withdraw", "much"), 2, "no amount"),
-        (("deposit", "0"), 2, "nothing"),
-        (("deposit", "5000 ETH"), 3, "Send at least"),
-    ],
-)
-def test_impossible_amounts_are_explained(market, typed, exit_code, words):
-    """Would catch a transaction sent to be refused, and a sum read in another unit."""
-    said = market.v2v("provider", *typed, as_="bob")
-    assert said.exit_code == exit_code
-    assert words in said.err
+# ---- the operator
 
 
 def test_the_operator_is_named_limited_and_revoked(market):
@@ -210,28 +173,6 @@ def test_the_operator_is_named_limited_and_revoked(market):
     assert "none any more" in revoked.out
     shown = market.v2v("organisation", "show", "--ev", ev, "--json").json
     assert shown["operator"] == "0x" + "00" * 20
-
-
-def test_anyone_settles_what_is_overdue(market):
-    """Would catch a stranded session: the consumer conceded, the provider is silent, time is over."""
-    market.start_auction("carol", rate=RATE, bidding_s=BIDDING_S)
-    assert bid(market, "alice", RATE).exit_code == 0
-    market.pass_time(BIDDING_S)
-    opened = market.send("carol", contract.encode_connect(market.net.address("alice"), 200))
-    logs = [contract.decode_log(log.address, log.topics, log.data) for log in opened.logs]
-    token = next(log.token for log in logs if isinstance(log, contract.SessionOpened))
-    early = market.v2v("provider", "settle", hex0x(token), as_="dave")
-    assert early.exit_code == 3
-    assert "TooEarly(" in early.err
-    assert "UTC" in early.err
-    market.send("carol", contract.encode_end_connection(token, 50, NO_ACK))
-    market.pass_time(60)
-    paid = market.v2v("provider", "settle", hex0x(token), "--json", as_="dave").json
-    assert (paid["energy_wh_settled"], paid["cost_wei"]) == (50, "50000")
-    assert market.v2v("provider", "balance", market.address("alice"), "--json").json["ledger_wei"] == "250000"
-    again = market.v2v("provider", "settle", hex0x(token), as_="dave")
-    assert again.exit_code == 3
-    assert "NoSession" in again.err
 
 
 # ---- sessions, from the journal
@@ -256,6 +197,15 @@ phase_count = 3
 path = "./journal.sqlite"
 """)
     return str(path)
+
+
+def test_a_daemon_that_cannot_start_says_why(tmp_path):
+    """Would catch a unit that dies with a traceback: here nothing answers on the charger's wire."""
+    said = v2v("provider", "run", "--config", settings(tmp_path))
+    assert said.exit_code == 69
+    assert "the charger of port left" in said.err
+    wrong = v2v("provider", "run", "--config", str(tmp_path / "none.toml"))
+    assert wrong.exit_code == 78
 
 
 def journal_of(story, folder):
