@@ -21,9 +21,8 @@ FUNCTION_LINES_MAX = 60  # what one screen shows; longer functions hide a second
 NOT_MIRRORED = {
     "agent/__main__.py": "three lines; tests/e2e starts real processes with it",
     "agent/core/effects.py": "frozen dataclasses without behaviour; every story of session and book uses them",
-    "agent/core/events.py": "frozen dataclasses without behaviour; the journal's test round-trips each of them",
-    "agent/core/live.py": "frozen dataclasses; the stories of session and book use them",
-    "agent/errors.py": "names and exit codes; the command lines' tests assert them",
+    "agent/cli/demo.py": "options only; tests/e2e/test_evening.py runs it as a user does",
+    "agent/demo/evening.py": "a play of real processes; tests/e2e/test_evening.py is its audience",
 }
 
 

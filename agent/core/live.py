@@ -147,6 +147,7 @@ class PortLost:
     """Update: the charger stopped answering; whatever was armed must be armed and read back again."""
 
     port: str
+    held_ms: int = 0  # a stop that was never seen obeyed goes on counting (rule 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
             return replace(live, ports={**live.ports, port: now})
         case PortLost(port=port):
             before = live.ports.get(port, PortLive())
-            lost = replace(before, previous=None, armed=False, at_target=False)
+            lost = replace(before, previous=None, armed=False, at_target=False, held_ms=update.held_ms)
             return replace(live, ports={**live.ports, port: lost})
         case HeaderSeen():
             if live.header is not None and update.number <= live.header.number:

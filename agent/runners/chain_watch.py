@@ -27,20 +27,16 @@ from agent.core.events import Terms
 from agent.core.live import HeaderSeen
 from agent.core.session import CLOSED, Session, Stage
 from agent.core.token import Domain
-from agent.core.units import Address, short
+from agent.core.units import Address, BlockHash, short
 from agent.engine import Engine
 from agent.errors import Misconfigured, Transient
 
-BACKOFF_S = (
-    0.2,
-    10.0,
-)  # first and longest wait after a lost node: a tunnel is minutes, a node's restart seconds
+BACKOFF_S = (0.2, 10.0)  # first and longest wait for a lost node: a restart takes seconds, a tunnel minutes
 LOOK_EVERY_S = 5.0  # without any hint: a subscription can be silently dead
 OVERLAP_BLOCKS = 16  # read again with every look, so that a reorg this deep needs no special path
 REWIND_BLOCKS = 1024  # when the scanned block is no longer canonical; deeper reorgs start at `start_block`
-SCAN_ROW_EVERY_BLOCKS = (
-    64  # how often the cursor is worth a journal row; between, a restart reads a little twice
-)
+SCAN_ROW_EVERY_BLOCKS = 64  # when the cursor is worth a journal row; a restart reads a little twice
+TIMESTAMP_S_MAX = 2**40  # year 36812: a node that says more would overflow the journal
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +65,7 @@ class ChainWatch:
         self._engine, self._node, self._domain, self._provider = engine, node, domain, provider
         self._settings = settings
         self._monotonic_s = monotonic_s
-        self._rewind_to: int | None = None
+        self._ended_unbelieved: set[BlockHash] = set()  # connects that were over before we believed them
 
     async def run(self) -> None:
         """For ever: subscribe, then look at every hint. Any end of the subscription is a reason to do it again."""
@@ -124,6 +120,8 @@ class ChainWatch:
         newest = self._engine.live.header
         if newest is not None and head.block_hash == newest.block_hash:
             return
+        if head.timestamp_s > TIMESTAMP_S_MAX:
+            raise Transient(f"the node's newest block is dated {head.timestamp_s}", remedy="use another node")
         for raw in await self._logs_up_to(head):
             await self._take(raw)
         await self._believe(head)
@@ -186,6 +184,8 @@ class ChainWatch:
             pending is not None and pending.block_hash == raw.block_hash
         ):
             return
+        if raw.block_hash in self._ended_unbelieved:
+            return
         block = await self._node.header(raw.block_hash)
         if block is None:
             return  # reorged away between two questions: the next look finds what replaced it
@@ -243,26 +243,33 @@ class ChainWatch:
     async def _believe_pending(self, head: Header, terms: Terms) -> None:
         if not await self._is_canonical(terms.block_number, terms.block_hash):
             self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
-        elif self._is_deep(head, terms.block_number) and await self._state_agrees(head, terms):
-            self._accept(ev.ConnectedBelieved(self._engine.at_s, terms.session_id, terms.block_hash))
+        elif self._is_deep(head, terms.block_number):
+            await self._believe_state(head, terms)
 
-    async def _state_agrees(self, head: Header, terms: Terms) -> bool:
-        """The contract's own storage says the same as its logs; a node that only fakes logs fails here."""
+    async def _believe_state(self, head: Header, terms: Terms) -> None:
+        """The contract's own storage must say the same as its logs; a node that only fakes logs fails here."""
         data = await self._node.call(
             self._domain.contract, contract.encode_sessions(terms.token), block_hash=head.block_hash
         )
         state = contract.decode_sessions(data)
-        agrees = (
-            state.is_open
-            and state.provider == terms.provider
+        if not state.is_open:  # ended before we believed it (or never there): nothing is owed, forget it
+            log.info("chain.over_before_believed", session=short(terms.session_id))
+            self._ended_unbelieved.add(terms.block_hash)
+            self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
+        elif self._agrees(state, terms):
+            self._accept(ev.ConnectedBelieved(self._engine.at_s, terms.session_id, terms.block_hash))
+        else:
+            log.warning("chain.state_disagrees", session=short(terms.session_id), status=str(state.status))
+
+    @staticmethod
+    def _agrees(state: contract.SessionState, terms: Terms) -> bool:
+        return (
+            state.provider == terms.provider
             and state.consumer == terms.consumer
             and state.auction_nonce == terms.auction_nonce
             and state.energy_wh == terms.energy_wh_ordered
             and state.rate_wei_per_kwh == terms.rate_wei_per_kwh
         )
-        if not agrees:
-            log.warning("chain.state_disagrees", session=short(terms.session_id), status=str(state.status))
-        return agrees
 
     async def _recheck(self, head: Header, session: Session, final_number: int) -> None:
         terms = session.terms

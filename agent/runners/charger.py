@@ -68,6 +68,7 @@ class ChargerRunner:
         self._plan = NO_PLAN
         self._armed = False
         self._offering = False
+        self._seen_open = True  # as the newest reading saw it
         self._held_since_ms: int | None = None  # since when a stop is commanded and not seen obeyed
         self.beat_at_ms = (
             monotonic_ms()
@@ -86,7 +87,8 @@ class ChargerRunner:
             except BridgeError as error:
                 log.warning("charger.lost", port=self.port, error=str(error))
                 self._armed = self._offering = False
-                self._engine.observe(PortLost(self.port))
+                self._engine.observe(PortLost(self.port, self._unobeyed_ms()))
+                await self._stop_blind()
                 self.beat_at_ms = self._monotonic_ms()
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RECONNECT_S[1])
@@ -172,18 +174,41 @@ class ChargerRunner:
             log.error("charger.cut_off", port=self.port)
             await self._charger.cut_off()
 
+    async def _stop_blind(self) -> None:
+        """Nothing can be read: stop all the same. When power was last seen flowing, an external cut-off needs no wire."""
+        effect = self._owed()
+        firmness = effect.firmness if isinstance(effect, Hold) else Firmness.HOLD
+        try:
+            await self._stop(firmness)
+        except BridgeError as error:
+            log.warning("charger.hold_unconfirmed", port=self.port, error=str(error))
+            if firmness is Firmness.CUT_OFF:
+                await self._cut_off_blind()
+
+    async def _cut_off_blind(self) -> None:
+        log.error("charger.cut_off", port=self.port)
+        try:
+            await self._charger.cut_off()
+        except BridgeError as error:
+            log.exception("charger.cut_off_failed", port=self.port, error=str(error))
+
+    def _unobeyed_ms(self) -> int:
+        """For how long a stop is commanded and not seen obeyed; 0 once it was seen open."""
+        if self._held_since_ms is None or self._seen_open:
+            return 0
+        return self._monotonic_ms() - self._held_since_ms
+
     def _report(self, reading: Reading) -> None:
-        now_ms = self._monotonic_ms()
+        self._seen_open = reading.seen_open
         if reading.seen_open and self._held_since_ms is not None:
-            self._held_since_ms = now_ms  # obeyed; from now on any flow counts anew
-        held_ms = 0 if self._held_since_ms is None else now_ms - self._held_since_ms
+            self._held_since_ms = self._monotonic_ms()  # obeyed; from now on any flow counts anew
         self._engine.observe(
             PortRead(
                 self.port,
                 _core_reading(reading),
                 armed=self._armed,
                 at_target=self._plan.reached,
-                held_ms=held_ms,
+                held_ms=self._unobeyed_ms(),
             )
         )
 

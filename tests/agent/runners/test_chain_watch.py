@@ -194,8 +194,8 @@ async def test_a_log_without_the_contracts_state_is_not_believed(
         elsewhere = contract.encode_sessions(Token(bytes(31) + b"\1"))
         monkeypatch.setattr(contract, "encode_sessions", lambda _token: elsewhere)
         await watch(bazaar, engine).look()
-        assert opened.session_id in engine.book.pending
-        assert not engine.book.sessions
+        assert opened.session_id not in engine.book.sessions
+        assert ev.ConnectedBelieved not in [type(event) for event in bazaar.rows()]
 
 
 async def test_it_follows_heads_by_itself(tmp_path: Path) -> None:
@@ -225,3 +225,22 @@ async def becomes(engine: Engine, true: object, timeout_s: float = 15) -> None:
                     await changed.wait()
             except TimeoutError:
                 continue
+
+
+async def test_a_session_that_is_over_before_we_believe_it_is_forgotten_once(tmp_path: Path) -> None:
+    """Would catch a `connect` that waits for belief for ever, or is seen and forgotten anew with every head."""
+    async with Bazaar(tmp_path) as bazaar:
+        engine = bazaar.engine()
+        runner = watch(bazaar, engine)
+        opened = await bazaar.connects()
+        await runner.look()
+        assert opened.session_id in engine.book.pending
+        everything = contract.encode_end_connection(opened.token, opened.energy_wh, NO_ACK)
+        await bazaar.send(bazaar.consumer.signer, everything)
+        bazaar.net.mine(CONFIRMATIONS)
+        await runner.look()
+        assert opened.session_id not in engine.book.pending
+        rows = len(bazaar.rows())
+        bazaar.net.mine(2)
+        await runner.look()
+        assert (len(bazaar.rows()), dict(engine.book.sessions)) == (rows, {})
