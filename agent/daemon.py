@@ -221,12 +221,7 @@ def _unreachable(port: PortConfig, error: BridgeError) -> Transient:
 @asynccontextmanager
 async def _node(config: AgentConfig) -> AsyncIterator[Node]:
     requests = next((url for url in config.chain.urls if url.startswith("http")), "")
-    watch = next((url for url in config.chain.urls if url.startswith("ws")), "")
-    if not watch:
-        raise Misconfigured(
-            "[chain] urls has no ws:// or wss:// address",
-            remedy="events are followed over a WebSocket; add one",
-        )
+    watch = next(url for url in config.chain.urls if url.startswith("ws"))  # config.py demands one
     node = Web3Node(watch, requests)
     try:
         yield node
