@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 from stage import RATE_WEI_PER_KWH, Program, note
 
-ORDER_WH, SHORT_WH = 200, 40
+ORDER_WH, SHORT_WH = 200, 30
 SECONDS_MAX = 75  # on an idle machine it is under 60; a test machine has other things to do
 
 pytestmark = pytest.mark.timeout(240)
@@ -114,5 +114,5 @@ def test_the_money_table_adds_up(evenings, which):
 def test_a_person_sees_it_happen(evenings):
     """Would catch an evening that is silent until its end."""
     story = narrative(evenings[1])
-    for words in ("deploys the market", "asking for 40 Wh", "wins at", "DELIVERING", "acknowledged", "paid"):
+    for words in ("deploys the market", "asking for 30 Wh", "wins at", "DELIVERING", "acknowledged", "paid"):
         assert words in story
