@@ -9,6 +9,7 @@ May not know: transports (MQTT, HTTP), disks, the charger's wire. Both transport
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ SOURCES_MAX = (
 )
 SOURCE_RATE = (10.0, 5.0)  # burst and per second: a receipt per second and retries pass, a flood does not
 GLOBAL_RATE = (200.0, 100.0)  # 100 recoveries a second are under 1 % of a core
+PRESENT_EVERY_MS = 10_000  # a new presentation is a journal row: a paying consumer must not fill the disk
+# What fits an MQTT topic level and an HTTP header: no separators, no wildcards.
+SREF_FORM = re.compile(rf"[A-Za-z0-9._~@:=-]{{1,{SREF_LENGTH_MAX}}}")
 READING_INTERVAL_MS = 500
 NEWS_KEPT_S = 24 * 3600  # for how long a closed session's final message is still offered
 BUSY_STAGES = frozenset({Stage.AUTHORISED, Stage.DELIVERING, Stage.PAUSED, Stage.STOPPING})
@@ -105,6 +109,9 @@ class Door:
         self._sources: OrderedDict[str, _Bucket] = OrderedDict()
         self._all_sources = _Bucket(*GLOBAL_RATE, GLOBAL_RATE[0], engine.live.now_ms)
         self._readings: dict[SessionId, tuple[int, ReadingMessage]] = {}
+        self._presented_at_ms: dict[
+            SessionId, int
+        ] = {}  # one entry per session of this life: bounded by the chain
         self._reading_seq = engine.live.life << 20  # grows over restarts too, because the journal does
 
     # ---- M0
@@ -135,8 +142,8 @@ class Door:
         try:
             message = decode(data)
             self._limit(source, known=self._is_from_its_consumer(sref, message))
-            if not sref or len(sref) > SREF_LENGTH_MAX or not sref.isascii() or not sref.isprintable():
-                raise Refused("malformed", "the return address is not 1-64 printable characters")
+            if not SREF_FORM.fullmatch(sref):
+                raise Refused("malformed", "the return address is not 1-64 of A-Z a-z 0-9 . _ ~ @ : = -")
             match message:
                 case Present():
                     return self._present(sref, message, rules.presentation_digest(data))
@@ -199,6 +206,13 @@ class Door:
             # personal_sign binds only the token: whoever saw it once could move the session's answers to himself.
             raise Refused("replayed", "this token was already presented from another return address")
         presentation = self._verified(message, terms, issued.hello, sref, port, digest)
+        if (
+            kept is not None
+            and live.now_ms - self._presented_at_ms.get(terms.session_id, -PRESENT_EVERY_MS)
+            < PRESENT_EVERY_MS
+        ):
+            raise Refused("rate_limited", "this session's token was presented anew just now; wait a little")
+        self._presented_at_ms[terms.session_id] = live.now_ms
         issued.used = True
         self._engine.accept(ev.TokenPresented(live.at_s, message.session_id, presentation))
         self._engine.observe(Beat())

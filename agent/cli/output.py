@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from agent.core.token import checksummed
 from agent.core.units import UINT256_MAX, Address, hex0x
 
 WEI_PER_ETHER: Final = 10**18
@@ -129,7 +130,10 @@ class _AddressType(click.ParamType[Address]):
             self.fail("32 bytes were given (not shown here); an address is 0x and 40 hex digits", param, ctx)
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", str(value)):
             self.fail(f"{value!r} is no address: 0x and 40 hex digits", param, ctx)
-        return Address(bytes.fromhex(value[2:]))
+        address = Address(bytes.fromhex(value[2:]))
+        if value[2:] not in (value[2:].lower(), value[2:].upper()) and value != checksummed(address):
+            self.fail(f"{value!r} is mistyped: its letter case does not fit (EIP-55)", param, ctx)
+        return address
 
 
 class _Bytes32Type(click.ParamType[bytes]):

@@ -254,6 +254,13 @@ def address_of(public_key: bytes) -> Address:
     return Address(keccak(public_key[1:])[12:])
 
 
+def checksummed(address: Address) -> str:
+    """The address with EIP-55's letter case, so that a typing mistake shows."""
+    text = address.hex()
+    nibbles = keccak(text.encode()).hex()
+    return "0x" + "".join(a.upper() if int(n, 16) >= 8 else a for a, n in zip(text, nibbles, strict=False))
+
+
 def parsed_public_key(encoded: bytes) -> bytes:
     """A public key as sent along (33, 65 or 64 bytes) as 65 uncompressed bytes, proven to be on the curve.
 

@@ -397,7 +397,20 @@ def test_replayed_by_somebody_who_saw_a_personal_sign():
     assert isinstance(visit.says(message), Accept)
     stolen = visit.present(scheme="eip191", signature=message.signature)
     assert visit.refused(stolen, sref="thief") == "replayed"
+    visit.story.passes(10)
     assert isinstance(visit.says(stolen), Accept), "its own consumer may come again"
+
+
+def test_a_presentation_is_not_a_way_to_fill_the_disk():
+    """Every accepted presentation is a journal row: a paying consumer gets one in ten seconds, not five a second."""
+    visit = charging()
+    visit.story.passes(10)
+    rows = len(visit.story.journal)
+    answers = [visit.says(visit.present()) for _ in range(3)]
+    assert [type(answer).__name__ for answer in answers] == ["Accept", "Refusal", "Refusal"]
+    assert len(visit.story.journal) == rows + 1
+    visit.story.passes(10)
+    assert isinstance(visit.says(visit.present()), Accept)
 
 
 def test_busy():

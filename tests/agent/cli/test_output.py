@@ -129,9 +129,18 @@ def test_a_private_key_given_as_an_address_is_not_repeated():
 
 def test_types_take_their_right_forms():
     """Would catch a type that refuses what our own output prints."""
-    assert ADDRESS.convert("0x" + "Ab" * 20, None, None) == b"\xab" * 20
+    assert ADDRESS.convert("0x" + "AB" * 20, None, None) == b"\xab" * 20
     assert BYTES32.convert("0x" + "ab" * 32, None, None) == b"\xab" * 32
     assert BYTES32.convert("ab" * 32, None, None) == b"\xab" * 32
     assert WEI.convert("0.05 ETH", None, None) == 5 * 10**16
     with pytest.raises(click.BadParameter, match="64 hex digits"):
         BYTES32.convert("0xab", None, None)
+
+
+def test_a_mixed_case_address_must_spell_its_checksum():
+    """Would catch money sent to a mistyped account; all-lower and all-upper case carry no checksum."""
+    right = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"
+    assert ADDRESS.convert(right, None, None) == bytes.fromhex(right[2:])
+    assert ADDRESS.convert(right.lower(), None, None) == bytes.fromhex(right[2:])
+    with pytest.raises(click.BadParameter, match="EIP-55"):
+        ADDRESS.convert(right.replace("aA", "Aa", 1), None, None)

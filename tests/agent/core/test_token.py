@@ -12,7 +12,7 @@ from story import CONSUMER, DOMAIN, OPERATOR, PROVIDER, SESSION_KEY, STRANGER, T
 
 from agent.core import token as rules
 from agent.core.token import CURVE_ORDER, NO_ACK, ZERO_ADDRESS, Ack, Domain
-from agent.core.units import UINT64_MAX
+from agent.core.units import UINT64_MAX, Address
 from agent.errors import Refused
 
 EVC = Wallet(int("11" * 32, 16)).address  # the published vector's addresses: of these two private keys
@@ -382,3 +382,17 @@ def test_a_receipt_is_good_for_its_own_amount_only(signed_wh, claimed_wh, limit)
     """Cumulative receipts: presenting one for another amount, or above grant or order, never pays."""
     reason = judged(ack(signed_wh, limit=limit), claimed_wh)
     assert (reason == "") == (signed_wh == claimed_wh <= min(limit, 1_000))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed",
+        "0xfB6916095ca1df60bB79Ce92cE3Ea74c37c5d359",
+        "0xdbF03B407c01E7cD3CBea99509d93f8DDDC8C6FB",
+        "0xD1220A0cf47c7B9Be7A2E6BA89F429762e7b9aDb",
+    ],
+)
+def test_an_address_is_spelled_as_eip_55_says(address: str) -> None:
+    """Would catch a typing mistake accepted as somebody else's account; the vectors are EIP-55's own."""
+    assert rules.checksummed(Address(bytes.fromhex(address[2:]))) == address
