@@ -1,0 +1,109 @@
+"""The simulated broker: loses, doubles, delays and reorders messages, and throws the agent out now and then.
+
+`AgentClient` stands where `aiomqtt.Client` stands, so that the whole of `agent.runners.mqtt` runs unmodified above it.
+Consumers are called back. Retained messages (the Hello) are there for whoever looks.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import aiomqtt
+
+from agent.runners.mqtt import MqttRunner
+
+REPLAYS_KEPT = 32  # what an eavesdropper remembers, to say it again
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message as aiomqtt shows it."""
+
+    topic: object
+    payload: bytes
+    retain: bool = False
+
+
+class Broker:
+    """Between consumers and the agent."""
+
+    def __init__(self, weather, root):
+        self.weather, self.root = weather, root
+        self.retained: dict[str, bytes] = {}
+        self.consumers: dict[str, object] = {}  # sref -> callable
+        self._agent = None  # the mailbox of the connected agent
+        self.overheard: list[tuple[str, bytes]] = []
+
+    def says(self, sref, payload):
+        """A consumer publishes; the agent hears it, perhaps."""
+        self.overheard = [*self.overheard[-REPLAYS_KEPT:], (sref, payload)]
+        topic = SimpleNamespace(value=f"{self.root}/in/{sref}")
+        for latency_s in self.weather.copies():
+            asyncio.get_running_loop().call_later(latency_s, self._deliver, Incoming(topic, payload))
+
+    def _deliver(self, incoming):
+        if self._agent is not None:
+            self._agent.put(incoming)
+
+    def carries(self, topic, payload, *, retain):
+        """The agent publishes."""
+        if retain:
+            self.retained[topic] = payload
+        if f"{self.root}/out/" in topic:
+            hears = self.consumers.get(topic.rpartition("/")[2])
+            for latency_s in self.weather.copies() if hears is not None else ():
+                asyncio.get_running_loop().call_later(latency_s, hears, payload)
+
+    def breaks(self):
+        """The agent is thrown out."""
+        if self._agent is not None:
+            self._agent.fail(aiomqtt.MqttError("the simulated broker threw us out"))
+            self._agent = None
+
+
+class AgentClient:
+    """As much of `aiomqtt.Client` as the runner uses."""
+
+    def __init__(self, broker, life):
+        self._broker, self._life = broker, life
+        self.messages = life.mailbox()
+
+    async def _ask(self, name, effect):
+        return await self._life.call(f"broker.{name}", effect, self._life.weather.broker)
+
+    async def __aenter__(self):
+        def effect():
+            self._broker._agent = self.messages
+
+        await self._ask("connect", effect)
+        return self
+
+    async def __aexit__(self, *_):
+        if self._broker._agent is self.messages:
+            self._broker._agent = None
+
+    async def subscribe(self, topic, qos=0):
+        """Nothing to remember: there is one agent."""
+        await self._ask("subscribe", lambda: None)
+
+    async def publish(self, topic, payload, qos=0, retain=False, timeout=None):
+        """Acknowledged, or MqttError."""
+
+        def effect():
+            if self._broker._agent is not self.messages:
+                raise aiomqtt.MqttError("the simulated connection is gone")
+            if self._broker.weather.broker_breaks():
+                self._broker.breaks()
+            self._broker.carries(topic, payload, retain=retain)
+
+        await self._ask("publish", effect)
+
+
+def runner_above(broker, life):
+    """`MqttRunner`, whole, with its client replaced by ours."""
+
+    class SimMqttRunner(MqttRunner):
+        def _client(self):
+            return AgentClient(broker, life())
+
+    return SimMqttRunner
