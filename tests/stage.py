@@ -15,7 +15,6 @@ Rules: nothing outlives a `with`; every wait is for a condition and has an end, 
 """
 
 import asyncio
-import functools
 import json
 import os
 import re
@@ -42,7 +41,7 @@ from agent.consumer.market import Market as ConsumersMarket
 from agent.consumer.plug import Waits
 from agent.consumer.policy import SigningLimits
 from agent.core.token import Domain
-from agent.core.units import Address, cost_wei_ceil, hex0x
+from agent.core.units import cost_wei_ceil, hex0x
 from agent.demo import market as setup
 from agent.demo.devnet import Devnet, address_from_key, derive_key
 from agent.journal import Journal
@@ -318,6 +317,8 @@ class Stage:
     """A market with one provider ("alice") and one consumer ("carol"), everything below `folder`."""
 
     def __init__(self, folder, *, anvil=True, broker=True, broker_port=None):
+        """`broker_port`: where a broker is, or will be; without it the embedded one is started."""
+        self.broker_login = {}  # the consumer's username and password; its return address is its user name
         self.folder = folder
         folder.chmod(0o700)
         self.http_port = free_port()
@@ -465,7 +466,7 @@ class Stage:
             market=ConsumersMarket(self.node, sender, self.domain, journal),
             limits=SigningLimits(power_w_max=25_000),
             now_ms=lambda: time.monotonic_ns() // 1_000_000,
-            sref="ca401" * 6 + "ab",
+            sref=self.broker_login.get("username", "ca401" * 6 + "ab"),
             tell=tell,
             waits=Waits(chain_poll_s=0.5, resend_s=1, hello_ask_s=0.5),
         )
@@ -483,16 +484,11 @@ class Stage:
         return self.begin(self._at_the_plug(journey, http=http))
 
     async def _at_the_plug(self, journey, *, http):
-        place = functools.partial(BrokerPlace, "127.0.0.1", self.broker_port)
-        carrier = HttpCarrier(self.door_url, journey.sref) if http else MqttCarrier(place(), journey.sref)
+        place = BrokerPlace("127.0.0.1", self.broker_port, **self.broker_login)
+        carrier = HttpCarrier(self.door_url, journey.sref) if http else MqttCarrier(place, journey.sref)
         async with carrier:
             return await journey.present(carrier)
 
 
 async def _called(function):
     return function()
-
-
-def address(text):
-    """0x... as 20 bytes."""
-    return Address(bytes.fromhex(text.removeprefix("0x")))
