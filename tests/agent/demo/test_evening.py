@@ -1,0 +1,54 @@
+"""The evening's own parts: what a seed fixes, and what is said when something does not come to its end.
+
+The whole evening, with everybody in processes of their own, is told in tests/e2e/test_evening.py.
+"""
+
+import random
+import re
+from io import StringIO
+
+import pytest
+
+from agent.demo import evening as the_evening
+from agent.demo.evening import PROVIDERS, EveningSettings, EveningSummary, evening
+from agent.demo.screen import Screen
+from agent.errors import Transient
+
+
+def test_a_seed_fixes_the_cars_and_the_meters():
+    """Would catch an evening that cannot be seen again, or one that is the same for every seed."""
+
+    def plants(seed):
+        dice = random.Random(seed)
+        return [the_evening._simulator(dice).config.plant for _ in PROVIDERS]
+
+    assert plants(1) == plants(1)
+    assert plants(1) != plants(2)
+    for plant in plants(3):
+        assert plant.register_mwh_begin % 1000 == 0
+        assert plant.ev_lag_ms <= 1_000  # a quick car: the evening must fit a minute
+        assert plant.soc_permille_begin > 200  # above the owner's reserve
+
+
+def test_a_summary_has_every_figure_that_was_promised():
+    """Would catch a renamed key, which somebody's script reads."""
+    names = set(EveningSummary.__slots__)
+    promised = {
+        *("energy_wh_ordered", "energy_wh_delivered", "energy_wh_settled", "cost_wei", "provider_gain_wei"),
+        *("consumer_cost_wei", "stage", "stop_reason", "settlement_tx", "seconds"),
+    }
+    assert promised <= names
+
+
+async def test_an_evening_that_hangs_ends_with_the_agents_last_words(tmp_path, monkeypatch):
+    """Would catch a demo that hangs for ever, and one that ends without a hint where to look."""
+    monkeypatch.setattr(the_evening, "EVENING_TIMEOUT_S", 1.0)
+    folder = tmp_path / "alice"
+    folder.mkdir()
+    (folder / "agent.log").write_text("".join(f"line {number}\n" for number in range(100)))
+    with pytest.raises(Transient) as problem:
+        await evening(EveningSettings(tmp_path), Screen(StringIO()))
+    assert "within 1 s" in problem.value.message
+    words = problem.value.remedy
+    assert "alice/agent.log" in words
+    assert re.findall(r"^line (\d+)$", words, re.MULTILINE) == [str(number) for number in range(80, 100)]
