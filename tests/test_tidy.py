@@ -21,9 +21,7 @@ FUNCTION_LINES_MAX = 60  # what one screen shows; longer functions hide a second
 NOT_MIRRORED = {
     "agent/__main__.py": "three lines; tests/e2e starts real processes with it",
     "agent/core/effects.py": "frozen dataclasses without behaviour; every story of session and book uses them",
-    "agent/cli/demo.py": "options only; tests/e2e/test_evening.py runs it as a user does",
     "firmware_bridge/simulator/__main__.py": "two lines; test_command starts processes with it",
-    "agent/demo/evening.py": "a play of real processes; tests/e2e/test_evening.py is its audience",
 }
 
 
