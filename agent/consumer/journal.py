@@ -1,11 +1,7 @@
-"""The consumer's small memory: what must survive a crash between auction and receipt, in SQLite.
-
-Schema (version 1)
-    identity(key TEXT PRIMARY KEY, value TEXT)             schema, chain_id, contract, consumer: whose journal this is
-    facts(seq INTEGER PRIMARY KEY, at_s INTEGER, kind TEXT, body TEXT)    body: the fact's fields as JSON, bytes as 0x-hex
+"""The consumer's small memory: what must survive a crash between auction and receipt. File, lock and rows are `agent.rows`.
 
 Rules
-* `write` returns only when the row is on the disk (WAL, synchronous FULL); rows are never changed or deleted.
+* `write` returns only when the row is on the disk; rows are never changed or deleted.
 * Durable first, then sent: a signed transaction, a presentation and a receipt stand here before anybody else has them, so
   that after a crash the very same bytes are sent again.
 * An errand is one purchase: from `OrderPlaced` to `Closed`. There is one open errand at most.
@@ -18,29 +14,27 @@ energy can have flowed since the presentation.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NewType, get_type_hints
+from typing import Any, Final
 
 from agent.core.events import Terms
 from agent.core.token import Domain
 from agent.core.units import Address, SessionId, TxHash, hex0x
-from agent.errors import Misconfigured
+from agent.rows import Rows, Sort
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 5.0  # a reader that holds the file longer than this is a fault worth an error
-BODY_LENGTH_MAX = 16_384  # our longest fact is a presentation of 1 kB; anything near this is a bug
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS identity(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS facts(seq INTEGER PRIMARY KEY, at_s INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL) STRICT;
-"""
+SCHEMA_VERSION: Final = 1
+SORT: Final = Sort(
+    table="facts",
+    name="the consumer's journal",
+    settings="the settings say",
+    folder_remedy="create it for your user, or point [journal] path elsewhere",
+    in_use="another consumer already uses the journal",
+    in_use_remedy="let it finish or stop it first: two at once would buy the same energy twice",
+    open_remedy="check the disk and the file's permissions; keep the file, it knows your open session",
+    row_remedy="start the version that wrote it; do not delete the journal while a session is open",
+)
 
 
 # ---- facts
@@ -228,27 +222,19 @@ class ConsumerJournal:
     ) -> None:
         self.path = path
         self._clock = clock
-        self._identity = {
+        identity = {
             "schema": str(SCHEMA_VERSION),
             "chain_id": str(domain.chain_id),
             "contract": hex0x(domain.contract),
             "consumer": hex0x(consumer),
         }
-        self._lock: IO[str] | None = None if read_only else _locked(path)
+        self._rows = Rows(path, SORT, identity, read_only=read_only)
+        self.errand: Errand | None = None
         try:
-            self._db = _opened(path, read_only=read_only)
-            self._check_identity(read_only=read_only)
-            self.errand: Errand | None = None
-            for fact in self._facts():
+            for fact in self._rows.facts(KINDS):
                 self.errand = step(self.errand, fact)
-        except sqlite3.Error as error:
-            self._unlock()
-            raise Misconfigured(
-                f"the consumer's journal {path} cannot be opened: {error}",
-                remedy="check the disk and the file's permissions; keep the file, it knows your open session",
-            ) from error
-        except Misconfigured:
-            self._unlock()
+        except BaseException:
+            self._rows.close()
             raise
 
     @property
@@ -262,13 +248,9 @@ class ConsumerJournal:
         return self.errand if self.errand is not None and self.errand.closed is None else None
 
     def write(self, fact: Fact) -> None:
-        """Write one fact; on return it survives power loss, and `errand` knows it."""
+        """Write one fact; on return it survives power loss, and `errand` knows it. Raises Unwritable."""
         errand = step(self.errand, fact)  # first: an assertion here never reaches the disk
-        body = json.dumps(_encoded(fact), separators=(",", ":"))
-        assert len(body) <= BODY_LENGTH_MAX, (type(fact).__name__, len(body))
-        self._db.execute(
-            "INSERT INTO facts(at_s, kind, body) VALUES (?, ?, ?)", (fact.at_s, type(fact).__name__, body)
-        )
+        self._rows.append(fact.at_s, fact)
         self.errand = errand
 
     def session_key_path(self, session_id: SessionId) -> Path:
@@ -277,110 +259,4 @@ class ConsumerJournal:
 
     def close(self) -> None:
         """Give file and lock back."""
-        self._db.close()
-        self._unlock()
-
-    def _facts(self) -> Iterator[Fact]:
-        for seq, kind, body in self._db.execute("SELECT seq, kind, body FROM facts ORDER BY seq"):
-            try:
-                fact: Fact = _decoded(KINDS[kind], json.loads(body))
-            except (KeyError, ValueError, TypeError) as error:
-                raise Misconfigured(
-                    f"row {seq} of the consumer's journal {self.path} ({kind}) cannot be read by this version: {error!r}",
-                    remedy="start the version that wrote it; do not delete the journal while a session is open",
-                ) from error
-            yield fact
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def _check_identity(self, *, read_only: bool) -> None:
-        found = dict(self._db.execute("SELECT key, value FROM identity"))
-        if not found and not read_only:
-            self._db.executemany("INSERT INTO identity VALUES (?, ?)", list(self._identity.items()))
-            return
-        for key, value in self._identity.items():
-            if found.get(key) != value:
-                raise Misconfigured(
-                    f"the consumer's journal {self.path} belongs to {key} {found.get(key)}, the settings say {value}",
-                    remedy="point [journal] path at another file, or correct the settings; keep the old journal",
-                )
-
-
-def _locked(path: Path) -> IO[str]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = path.with_name(path.name + ".lock").open("a", encoding="ascii")
-    except OSError as error:
-        raise Misconfigured(
-            f"the journal's directory {path.parent} cannot be written: {error.strerror}",
-            remedy="create it for your user, or point [journal] path elsewhere",
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise Misconfigured(
-            f"another consumer already uses the journal {path}",
-            remedy="let it finish or stop it first: two at once would buy the same energy twice",
-        ) from error
-    return lock
-
-
-def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    if read_only:
-        uri = f"{path.resolve().as_uri()}?mode=ro"
-        return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-    existed = path.exists()
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.executescript(_TABLES)
-    if not existed:
-        path.chmod(0o600)
-        _sync_folder(path.parent)
-    return db
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is durable only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# ---- facts as JSON
-
-
-def _encoded(value: object) -> Any:
-    if isinstance(value, bytes):
-        return hex0x(value)
-    if is_dataclass(value):
-        return {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
-    assert isinstance(value, bool | int | str), value
-    return value
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _decoded(kind: Any, value: Any) -> Any:
-    if isinstance(kind, NewType):
-        kind = kind.__supertype__
-    if kind is bytes:
-        if not value.startswith("0x"):
-            raise ValueError(value)
-        return bytes.fromhex(value[2:])
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        hints = _hints(kind)
-        return kind(**{name: _decoded(hints[name], item) for name, item in value.items()})
-    if type(value) is not kind:
-        raise TypeError(value)
-    return value
+        self._rows.close()

@@ -20,7 +20,8 @@ from story import DOMAIN, PROVIDER, T0, TERMS, ListJournal, delivering, matched,
 from agent.core import events as ev
 from agent.core.token import Domain
 from agent.errors import Misconfigured
-from agent.journal import BODY_LENGTH_MAX, Journal, _decoded_event
+from agent.journal import Journal
+from agent.rows import BODY_LENGTH_MAX, Unwritable, checksum
 
 LENGTHS = {"Address": 20, "Token": 32, "SessionId": 32, "TxHash": 32, "BlockHash": 32}
 
@@ -80,8 +81,10 @@ def test_every_event_comes_back_as_it_was(kind, path):
     def there_and_back(event):
         journal.append(event)
         seq = len(journal)
-        row = journal._db.execute("SELECT seq, kind, body FROM events WHERE seq = ?", (seq,)).fetchone()
-        assert _decoded_event(path, *row) == event
+        row = journal._rows.db.execute(
+            "SELECT seq, at_s, kind, body, crc FROM events WHERE seq = ?", (seq,)
+        ).fetchone()
+        assert journal._rows.fact(ev.KINDS, row) == event
 
     there_and_back()
     journal.close()
@@ -172,7 +175,7 @@ def test_a_reader_needs_no_lock_and_sees_whole_rows_while_the_writer_runs(path, 
             counts.append(len(list(reader.events())))
         assert counts == sorted(counts)
         assert counts[0] >= first
-        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        with pytest.raises(Unwritable, match="readonly"):
             reader.append(scanned(1))
         reader.close()
     finally:
@@ -253,7 +256,8 @@ def test_a_row_that_cannot_be_read_is_named_and_nothing_is_guessed(path, what):
     journal = opened(path)
     journal.append(scanned(1))
     kind, body = UNREADABLE[what]
-    journal._db.execute("INSERT INTO events(at_s, kind, body) VALUES (5, ?, ?)", (kind, body))
+    row = (2, 5, kind, body)
+    journal._rows.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
     with pytest.raises(Misconfigured, match="row 2 ") as caught:
         journal.replay()
     assert "do not delete" in caught.value.remedy
@@ -319,11 +323,11 @@ def test_nobody_else_may_read_the_journal_or_its_side_files(path):
 def test_every_row_is_written_through_to_the_disk(path):
     """WAL with synchronous FULL: NORMAL would acknowledge receipts that a power cut forgets."""
     journal = opened(path)
-    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert not journal._db.in_transaction
+    assert journal._rows.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert journal._rows.db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert not journal._rows.db.in_transaction
     journal.append(scanned(1))
-    assert not journal._db.in_transaction
+    assert not journal._rows.db.in_transaction
     journal.close()
 
 

@@ -19,6 +19,7 @@ from agent.consumer.journal import (
 )
 from agent.core.token import Domain
 from agent.errors import Misconfigured
+from agent.rows import checksum
 
 ORDER = OrderPlaced(1, 1, 200, 10**14, 60, 3600, 7, "aa" * 16)
 TERMS = terms_of()
@@ -145,7 +146,8 @@ def test_a_row_of_another_version_stops_us(tmp_path, kind, body):
     """Would catch a journal half understood: better no session than a wrong one."""
     written(tmp_path)
     db = sqlite3.connect(tmp_path / "consumer.sqlite")
-    db.execute("INSERT INTO facts(at_s, kind, body) VALUES (1, ?, ?)", (kind, body))
+    row = (len(STORY) + 1, 1, kind, body)
+    db.execute("INSERT INTO facts VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
     db.commit()
     db.close()
     with pytest.raises(Misconfigured, match="row 10"):
