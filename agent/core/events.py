@@ -142,7 +142,7 @@ class ConnectionEndedOrphaned(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConnectionEndedBelieved(Event):
-    """That `ConnectionEnded` is `confirmations` deep."""
+    """That `ConnectionEnded` is final: no reorganisation can take the payment back any more."""
 
     session_id: SessionId
     block_hash: BlockHash

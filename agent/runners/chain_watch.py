@@ -4,7 +4,7 @@ Rules
 * Hints (heads, logs) only say "look"; every look reads the same range of logs and the same headers, so nothing is missed when a
   hint is, and nothing happens twice because events that change nothing are not written.
 * Seen -> `ConnectedSeen`, nothing owed. `confirmations` deep, canonical and the contract's state agrees -> `ConnectedBelieved`.
-  Final -> `ConnectedFinal`. Not canonical any more -> `ConnectedOrphaned`. The same for `ConnectionEnded`.
+  Final -> `ConnectedFinal`. Not canonical any more -> `ConnectedOrphaned`. `ConnectionEnded` is believed when it is final.
 * The newest header goes to Live only after the logs up to it were accepted: a fresh view means nothing was overlooked.
 
 May not know: the charger, the door, transactions.
@@ -279,16 +279,17 @@ class ChainWatch:
                 return
             if terms.block_number <= final_number:
                 self._accept(ev.ConnectedFinal(self._engine.at_s, terms.session_id, terms.block_hash))
-        await self._recheck_ended(head, session)
+        await self._recheck_ended(session, final_number)
 
-    async def _recheck_ended(self, head: Header, session: Session) -> None:
+    async def _recheck_ended(self, session: Session, final_number: int) -> None:
+        """Only a final end closes the session: a reorganisation could undo one that is merely deep, and nobody would look."""
         ended = session.ended
         if ended is None:
             return
         receipt = await self._node.receipt(ended.tx_hash)
         if receipt is None or receipt.block_hash != ended.block_hash:
             self._accept(ev.ConnectionEndedOrphaned(self._engine.at_s, session.session_id, ended.block_hash))
-        elif self._is_deep(head, receipt.block_number):
+        elif receipt.block_number <= final_number:
             self._accept(ev.ConnectionEndedBelieved(self._engine.at_s, session.session_id, ended.block_hash))
 
     def _note_scanned(self, head: Header) -> None:

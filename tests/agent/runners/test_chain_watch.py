@@ -110,9 +110,33 @@ async def test_the_end_is_seen_at_once_and_believed_later(tmp_path: Path) -> Non
         assert ended is not None
         assert ended.energy_wh_settled == opened.energy_wh
         assert engine.book.sessions[opened.session_id].stage is not Stage.SETTLED
-        bazaar.net.mine(CONFIRMATIONS)
+        bazaar.net.mine(FINAL_DEPTH - 2)
+        await runner.look()
+        assert engine.book.sessions[opened.session_id].stage is not Stage.SETTLED
+        bazaar.net.mine(1)
         await runner.look()
         assert engine.book.sessions[opened.session_id].stage is Stage.SETTLED
+
+
+async def test_an_end_deeper_than_confirmations_is_still_owed_again_when_it_falls_out(tmp_path: Path) -> None:
+    """Would catch a session closed at `confirmations`: a deeper reorganisation then loses the payment, and nobody looks."""
+    async with Bazaar(tmp_path) as bazaar:
+        engine = bazaar.engine()
+        runner = watch(bazaar, engine)
+        opened = await bazaar.connects()
+        bazaar.net.mine(CONFIRMATIONS)
+        await runner.look()
+        data = contract.encode_end_connection(opened.token, 0, NO_ACK)
+        await bazaar.send(bazaar.provider.operator.signer, data)
+        bazaar.net.mine(CONFIRMATIONS)
+        await runner.look()
+        before = engine.book.sessions[opened.session_id].ended
+        assert before is not None
+        bazaar.net.reorg(CONFIRMATIONS + 1, CONFIRMATIONS + 2)
+        await runner.look()
+        session = engine.book.sessions[opened.session_id]
+        assert session.stage is not Stage.SETTLED
+        assert session.ended is None or session.ended.block_hash != before.block_hash
 
 
 async def test_an_end_that_falls_out_of_the_chain_is_owed_again(tmp_path: Path) -> None:
