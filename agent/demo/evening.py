@@ -53,6 +53,9 @@ EVENING_TIMEOUT_S = (
 )
 GLANCE_EVERY_S = 0.25
 LOG_TAIL_LINES = 20
+FUNCTIONS = {
+    "start_auction": "startAuction"
+}  # the consumer's steps, where the contract spells them otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ async def _set_stage(settings: EveningSettings, screen: Screen, stack: AsyncExit
     providers = tuple(setup.provider(net, settings.directory, label) for label in PROVIDERS)
     screen.tell("the organisation deploys the market and adds three cars")
     market = await setup.opened(node, net.chain_id, organisation, providers, consumer)
-    screen.tell(f"market {hex0x(market.address)}, {market.receipts['deploy'].gas_used} gas")
+    screen.tell(f"market {hex0x(market.address)}, {market.steps[0].receipt.gas_used} gas")
     status_urls: dict[str, str] = {}
     for one in providers:
         http_port = _free_port()
@@ -283,9 +286,8 @@ async def _bid(stage: _Stage, one: setup.Provider, rate_wei_per_kwh: int) -> Mom
     bond_wei = cost_wei_ceil(rate_wei_per_kwh, auction.energy_wh)
     data = contract.encode_place_bid(stage.consumer.address, auction.auction_nonce, rate_wei_per_kwh)
     receipt = await sender.send_and_wait(address, data, bond_wei)
-    what = f"bids {rate_wei_per_kwh} wei per kWh"
-    stage.screen.tell(f"[bold]{one.owner.label}[/bold] {what}")
-    return await _moment(stage, one.owner.label, what, receipt)
+    stage.screen.tell(f"[bold]{one.owner.label}[/bold] bids {rate_wei_per_kwh} wei per kWh")
+    return await _moment(stage, one.owner.label, "placeBid", receipt)
 
 
 async def _watch(stage: _Stage, buying: asyncio.Task[JourneySummary]) -> None:
@@ -331,13 +333,11 @@ async def _moment(stage: _Stage, who: str, what: str, receipt: Receipt) -> Momen
 
 
 async def _moments(stage: _Stage, bought: JourneySummary) -> list[Moment]:
-    moments = [
-        await _moment(stage, "organisation", name, receipt) for name, receipt in stage.market.receipts.items()
-    ]
+    moments: list[Moment] = []
     for mined in bought.transactions:
         receipt = await stage.node.receipt(mined.tx_hash)
         if receipt is not None:
-            moments.append(await _moment(stage, CONSUMER, mined.step, receipt))
+            moments.append(await _moment(stage, CONSUMER, FUNCTIONS.get(mined.step, mined.step), receipt))
     settled = await stage.node.receipt(bought.settlement_tx)
     if settled is not None:
         moments.append(await _moment(stage, _winner(stage, bought), "endConnection", settled))
@@ -385,7 +385,8 @@ async def _count(
     ]
     for row in rows:  # to the wei: what a party has more or less is energy money and gas, and nothing else
         assert row.wallet_change_wei + row.ledger_change_wei == row.energy_wei + row.gas_wei, row
-    stage.screen.timeline([_since(stage, moment) for moment in moments])
+    setting_up = [await _moment(stage, step.who, step.function, step.receipt) for step in stage.market.steps]
+    stage.screen.timeline([_since(stage, moment) for moment in (*setting_up, *moments)])
     stage.screen.money(rows)
     of = {row.who: row for row in rows}
     winner = _winner(stage, bought)

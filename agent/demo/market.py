@@ -54,12 +54,21 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One transaction of setting up: who called which function of the contract."""
+
+    who: str
+    function: str
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
 class Market:
     """What setting up gave."""
 
     address: Address
     block_number: int
-    receipts: dict[str, Receipt]
+    steps: tuple[Step, ...]
 
 
 def party(net: Devnet, directory: Path, label: str) -> Party:
@@ -101,12 +110,16 @@ async def opened(
     members = [consumer.address, *(one.owner.address for one in providers)]
     calls = [contract.encode_add_ev(ev, bytes(32)) for ev in members]
     added = await _together(sender, node, address, calls)
-    receipts = {"deploy": deployed, **{f"add-ev {i}": receipt for i, receipt in enumerate(added)}}
+    steps = [
+        Step(organisation.label, "deploy", deployed),
+        *(Step(organisation.label, "addEV", one) for one in added),
+    ]
     for one in providers:
         owner = Sender(node, one.owner.signer, chain_id, revert_name=contract.revert_name)
         data = contract.encode_set_operator(one.operator.address, OPERATOR_WEI)
-        (receipts[f"set-operator {one.owner.label}"],) = await _together(owner, node, address, [data])
-    return Market(address, deployed.block_number, receipts)
+        (named,) = await _together(owner, node, address, [data])
+        steps.append(Step(one.owner.label, "setOperator", named))
+    return Market(address, deployed.block_number, tuple(steps))
 
 
 async def _together(sender: Sender, node: Node, to: Address, calls: list[bytes]) -> list[Receipt]:

@@ -82,13 +82,13 @@ def test_the_story_names_every_transaction(evenings, which):
     rows = re.findall(r"^ *([0-9.]+)  (\w+) +(\S.*?) +(\d+)  (0x[0-9a-f]{64})$", story, re.MULTILINE)
     steps = [what for _, _, what, _, _ in rows]
     assert steps[0] == "deploy"
-    assert [step for step in steps if not step.startswith(("add-ev", "set-operator", "bids"))] == [
+    assert [step for step in steps if not step.startswith(("addEV", "setOperator", "placeBid"))] == [
         "deploy",
-        "start_auction",
+        "startAuction",
         "connect",
         "endConnection",
     ]
-    assert sum(step.startswith("bids") for step in steps) == 2
+    assert sum(step.startswith("placeBid") for step in steps) == 2
     assert len({tx_hash for *_, tx_hash in rows}) == len(rows)
     assert all(float(one[0]) <= float(other[0]) for one, other in pairwise(rows))
 
