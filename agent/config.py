@@ -363,6 +363,13 @@ class AgentConfig(Section):
         return self
 
 
+class _PortsConfig(Section):
+    """What of agent.toml stopping needs."""
+
+    model_config = ConfigDict(extra="ignore")
+    ports: tuple[PortConfig, ...] = Field(strict=False, min_length=1, max_length=MAX_PORTS)
+
+
 # ------------------------------------------------------------------------------------ the consumer's side
 
 
@@ -433,6 +440,11 @@ class ConsumerConfig(Section):
 def load_agent(path: Path, environ: Mapping[str, str]) -> AgentConfig:
     """`agent.toml` with the environment on top. Raises `Misconfigured` with every problem in it."""
     return read_settings(AgentConfig, path, environ, example="config/agent.toml")
+
+
+def load_ports(path: Path, environ: Mapping[str, str]) -> tuple[PortConfig, ...]:
+    """Only the `[[ports]]` of `agent.toml`: chargers can be stopped whatever is wrong with the rest of it."""
+    return read_settings(_PortsConfig, path, environ, example="config/agent.toml").ports
 
 
 def load_consumer(path: Path, environ: Mapping[str, str]) -> ConsumerConfig:

@@ -187,6 +187,21 @@ async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Cha
     return charger
 
 
+async def open_to_stop(config: ChargerConfig, buses: Buses | None = None) -> Charger:
+    """The charger alone, for whoever only stops it: nothing is read first, and a meter or a missing failsafe
+    cannot keep anybody from stopping.
+
+    Raises MapError for a map that is wrong or no charger's, and BridgeError as `open_charger` does.
+    """
+    charger_map = load_map(config.map)
+    if charger_map.kind != "charger":
+        raise MapError(f"{charger_map.id} is a meter; there is nothing to stop in it")
+    buses = buses or Buses()
+    leased: list[Bus] = []
+    device = await _lease(buses, leased, charger_map, config.wire, config.device_id)
+    return MappedCharger(config.model_copy(update={"meter": None}), device, None, buses, leased)
+
+
 async def read_device(map_name: str, wire: str, device_id: int | None = None) -> dict[str, Value | None]:
     """Every quantity of one device (charger or meter), once, for a human to look at. Nothing is written.
 

@@ -545,11 +545,16 @@ class Buses:
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[Bus, int]] = {}
+        self._opening: dict[str, asyncio.Lock] = {}  # two who come at once must not each open one
 
     async def lease(self, wire: Wire, timing: Timing) -> Bus:
         """The bus of this wire, opened if it is not. A slower device makes the shared bus slower. Give it
         back by `release`.
         """
+        async with self._opening.setdefault(wire.bus_key, asyncio.Lock()):
+            return await self._lease(wire, timing)
+
+    async def _lease(self, wire: Wire, timing: Timing) -> Bus:
         bus, users = self._open.get(wire.bus_key, (None, 0))
         if bus is None:
             bus = Bus(wire, timing)

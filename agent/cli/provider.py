@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +63,18 @@ def run(config_file: Path) -> None:
 
     log.configure(settings.log.level, settings.log.format, sys.stderr, os.environ)
     asyncio.run(daemon.run(settings, os.environ))
+
+
+@provider.command("make-safe")
+@CONFIG
+def make_safe(config_file: Path) -> None:
+    """Stop every configured charger and see it open.
+
+    Asks neither journal, chain nor keys, and needs the agent to be gone: systemd runs it after every end of the agent.
+    """
+    from agent.cli.make_safe import make_all_safe
+
+    asyncio.run(make_all_safe(config_file, os.environ))
 
 
 # ---- auctions and bids
@@ -311,7 +324,7 @@ def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
     from agent.core.live import Live, Policy
     from agent.core.token import Domain
     from agent.journal import Journal
-    from agent.views import status
+    from agent.views import CLOSED_SHOWN_MAX, session, status
 
     path = settings.journal.path
     if not path.is_file():
@@ -321,13 +334,13 @@ def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
             remedy="The agent makes it when it first runs: v2v provider run; or correct [journal] path.",
         )
     domain = Domain(settings.chain.chain_id, Address(settings.chain.contract))
-    journal = Journal(path, domain, Address(settings.chain.provider), read_only=True)
-    try:
+    with closing(Journal(path, domain, Address(settings.chain.provider), read_only=True)) as journal:
         book = journal.replay()
-    finally:
-        journal.close()
+        old = [journal.session(session_id) for session_id in journal.sessions_folded(CLOSED_SHOWN_MAX)]
     nothing_live = Live(Policy(max_unacked_wh={}), life=0, started_at_s=book.at_s, started_at_ms=0, now_ms=0)
     rows: list[dict[str, Any]] = status(book, nothing_live)["sessions"]
+    rows += [session(one, nothing_live) for one in old if one is not None]
+    rows = rows[: len(book.open_sessions()) + CLOSED_SHOWN_MAX]
     for row in rows:
         del row["hindrance"]  # what hinders just now, only the running agent knows
         if row["stage"] == "DELIVERING":

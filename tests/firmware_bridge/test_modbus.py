@@ -262,6 +262,18 @@ async def test_two_devices_on_one_port_share_one_owner():
             await second.read(1, 3, 10, 1)
 
 
+async def test_two_who_come_at_once_share_one_wire():
+    """Would catch two owners on one bus because both looked before either had opened it."""
+    async with FaultySlave("rtu+tcp") as slave:
+        buses = Buses()
+        wire = parse_wire(slave.wire)
+        first, second = await asyncio.gather(buses.lease(wire, FAST), buses.lease(wire, FAST))
+        assert first is second
+        await buses.release(first)
+        assert await try_read(second, 10, 1) == (1010,)
+        await buses.release(second)
+
+
 @pytest.mark.parametrize(
     "text",
     [
