@@ -163,6 +163,7 @@ async def _engine_beat(engine: Engine) -> None:
                 "the computer slept; what it knew of chain and charger is stale", remedy="starting anew"
             )
         engine.observe(Beat())
+        engine.compact_when_idle()
         await asyncio.sleep(ENGINE_BEAT_S)
 
 

@@ -22,6 +22,8 @@ from agent.journal import Journal
 
 DUE_MAX = 256  # one update makes at most a few events due per session; more means two rules disagree for ever
 
+COMPACT_ROWS_MIN = 512  # a day or so of rows: replayed in a tenth of a second, so not worth moving before
+
 
 class Engine:
     """The book, in memory and on disk, and what is true now."""
@@ -47,6 +49,7 @@ class Engine:
         )
         # Replaced at every change: take it, look at the book, then wait for it.
         self.changed = asyncio.Event()
+        self._compact_rows_min = COMPACT_ROWS_MIN
         self.beat_at_ms = now_ms  # when `observe` last ran to its end: the watchdog looks at this
 
     def accept(self, event: Event) -> bool:
@@ -78,6 +81,23 @@ class Engine:
         self.beat_at_ms = self.live.now_ms
         if before.ports != self.live.ports or before.header != self.live.header:
             self._wake()
+
+    def compact_when_idle(self) -> bool:
+        """Fold long closed sessions out of book and live journal, if nothing is open and there is enough to fold. Whether it did.
+
+        Rows that must stay (young sessions, stranded ones) are not looked at again before there are twice as many.
+        """
+        if self._journal.row_count < self._compact_rows_min or self.live.header is None:
+            return False
+        fold = rules.folded(self.book, self.live.at_s)
+        if fold is None:
+            return False
+        after = rules.step(self.book, fold)
+        self._journal.compact(fold, after)
+        before, self.book = self.book, after
+        self._compact_rows_min = max(COMPACT_ROWS_MIN, 2 * self._journal.row_count)
+        self._told(fold, before, after)
+        return True
 
     def owed(self) -> tuple[Effect, ...]:
         """Everything owed now."""

@@ -89,7 +89,7 @@ class Rows:
         with ExitStack() as held:  # gives lock and file back when opening fails half-way
             if not read_only:
                 held.enter_context(_locked(path, sort))
-            with self._opening():
+            with _reading(path, sort):
                 self.db = held.enter_context(closing(_connected(path, read_only=read_only)))
                 if not read_only:
                     _prepare(self.db, _table(sort.table) + more_tables)
@@ -123,13 +123,28 @@ class Rows:
             self._broken = True
             raise _unwritable(self.path, self._sort, str(error)) from error
 
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Several changes that are all on the disk afterwards, or none of them. Raises Unwritable."""
+        newest = self._newest
+        with self.writing():
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.db
+                self.db.execute("COMMIT")
+            except BaseException:
+                self._newest = newest
+                if self.db.in_transaction:  # a full disk has ended it already
+                    self.db.execute("ROLLBACK")
+                raise
+
     def __len__(self) -> int:
         """The newest sequence number: grows with every row, also over a restart."""
         return self._newest
 
     def facts(self, kinds: Mapping[str, Any]) -> Iterator[Any]:
         """Every fact, oldest first. Raises Misconfigured for a row that is damaged or not ours to understand."""
-        with self._opening():
+        with self.reading():
             columns = "seq, at_s, kind, body, crc"
             for row in self.db.execute(f"SELECT {columns} FROM {self._sort.table} ORDER BY seq"):  # noqa: S608
                 yield self.fact(kinds, row)
@@ -152,15 +167,10 @@ class Rows:
         self._held.close()
 
     @contextmanager
-    def _opening(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode in NO_ROOM:
-                raise _unwritable(self.path, self._sort, str(error)) from error
-            raise Misconfigured(
-                f"{self._sort.name} {self.path} cannot be opened: {error}", remedy=self._sort.open_remedy
-            ) from error
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Around whatever reads: a file that SQLite cannot read becomes Misconfigured."""
+        with _reading(self.path, self._sort):
+            yield self.db
 
     def _check_identity(self, identity: Mapping[str, str], *, read_only: bool) -> None:
         found = dict(self.db.execute("SELECT key, value FROM identity"))
@@ -175,6 +185,18 @@ class Rows:
                     f"{self._sort.name} {self.path} belongs to {key} {found.get(key)}, {self._sort.settings} {value}",
                     remedy="point [journal] path at another file, or correct the settings; keep the old journal",
                 )
+
+
+@contextmanager
+def _reading(path: Path, sort: Sort) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode in NO_ROOM:
+            raise _unwritable(path, sort, str(error)) from error
+        raise Misconfigured(
+            f"{sort.name} {path} cannot be opened: {error}", remedy=sort.open_remedy
+        ) from error
 
 
 def _unwritable(path: Path, sort: Sort, why: str) -> Unwritable:

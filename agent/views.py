@@ -288,6 +288,7 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "session_id": ("session", hex0x),
     "tx_hash": ("tx", hex0x),
     "block_hash": ("block_hash", hex0x),
+    "scanned_hash": ("scanned_hash", hex0x),
     "consumer": ("consumer", short),
     "rate_wei_per_kwh": ("rate_wei_per_kwh", str),
     "deposit_wei": ("deposit_wei", str),
@@ -316,6 +317,9 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
             "detail",
             "moment",
             "error",
+            "closed_before_s",
+            "records_signed",
+            "scanned_number",
             "nonce",  # the account's transaction count; the nonces of the plug are in no event
             "max_fee_per_gas_wei",
             "max_priority_fee_per_gas_wei",
@@ -324,6 +328,17 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 HIDDEN: Final = (
     frozenset(  # looked at and kept back; a test holds that every field is in one of the two lists
-        {"terms", "presentation", "ack", "raw_tx", "ocmf", "token", "provider", "issued_at_s", "log_index"}
+        {
+            "terms",
+            "presentation",
+            "ack",
+            "raw_tx",
+            "ocmf",
+            "public_key",
+            "token",
+            "provider",
+            "issued_at_s",
+            "log_index",
+        }
     )
 )

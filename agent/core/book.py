@@ -38,6 +38,10 @@ PENDING_MAX = (
     64  # only auctions we won can name us, so this bounds a lying node, not consumers; expired ones give way
 )
 
+FOLD_AFTER_S = (
+    86_400  # a session closed for a day is history: no reorg is that deep, and its consumer has its `final`
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Book:
@@ -121,6 +125,8 @@ def _routed(book: Book, event: Event) -> Book:
             return _presented_early(book, event)
         case ev.PortUnlocked():
             return _port_unlocked(book, event)
+        case ev.HistoryFolded():
+            return _history_folded(book, event)
         case _:
             sid: SessionId = event.session_id  # type: ignore[attr-defined]  # every other event names its session
             return _to_session(book, sid, event)
@@ -204,6 +210,44 @@ def _port_unlocked(book: Book, event: ev.PortUnlocked) -> Book:
         return book
     return replace(
         book, locked_ports={port: why for port, why in book.locked_ports.items() if port != event.port}
+    )
+
+
+def _history_folded(book: Book, event: ev.HistoryFolded) -> Book:
+    kept = {
+        sid: one
+        for sid, one in book.sessions.items()
+        if not _is_history(one, event.closed_before_s, book.locked_ports)
+    }
+    return replace(
+        book,
+        sessions=kept,
+        records_signed=event.records_signed,
+        scanned_number=event.scanned_number,
+        scanned_hash=event.scanned_hash,
+    )
+
+
+def _is_history(one: Session, before_s: int, locked_ports: Mapping[str, str]) -> bool:
+    """Nothing can happen to it any more. Not so while it is stranded, keeps a port locked, or its token could still be honoured:
+    a forgotten session whose `connect` came back would be a new one.
+    """
+    signed = one.register_mwh_end is None or bool(one.record_begin and one.record_end)
+    locks = one.end_seen_open is False and one.port in locked_ports
+    over = one.stage_at_s <= before_s and one.terms.valid_until_s <= before_s
+    return one.stage in (Stage.SETTLED, Stage.LAPSED) and over and signed and not locks
+
+
+def folded(book: Book, at_s: int) -> ev.HistoryFolded | None:
+    """What the journal may fold away now; None while anything is open or awaited."""
+    if book.open_sessions() or book.pending:
+        return None
+    return ev.HistoryFolded(
+        max(at_s, book.at_s),
+        at_s - FOLD_AFTER_S,
+        book.records_signed,
+        book.scanned_number,
+        book.scanned_hash,
     )
 
 

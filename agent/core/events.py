@@ -230,6 +230,9 @@ class MeterRecordSigned(Event):
     session_id: SessionId
     moment: Literal["begin", "end"]
     ocmf: str
+    public_key: bytes = (
+        b""  # the meter's, as DER SubjectPublicKeyInfo: who keeps the record can then check it
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +275,16 @@ class SessionLapsed(Event):
     """Orphaned for good: validity and grace are over, nothing is owed."""
 
     session_id: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryFolded(Event):
+    """Long closed sessions left the live book for the history; what else their rows said to the book stands here."""
+
+    closed_before_s: int
+    records_signed: int
+    scanned_number: int
+    scanned_hash: BlockHash
 
 
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}

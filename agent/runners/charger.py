@@ -41,6 +41,10 @@ class MeterSigner(Protocol):
     def sign_sha256(self, payload: bytes) -> bytes:
         """DER signature over SHA-256 of the payload."""
 
+    @property
+    def public_key_spki(self) -> bytes:
+        """Its public key as DER SubjectPublicKeyInfo."""
+
 
 class ChargerRunner:
     """Drives one charging port."""
@@ -221,7 +225,13 @@ class ChargerRunner:
                 payload = record.payload(session, effect.moment, effect.pagination, self._meter)
                 signed = record.record(payload, self._meter_signer.sign_sha256(payload.encode()))
                 self._engine.accept(
-                    ev.MeterRecordSigned(self._engine.at_s, effect.session_id, effect.moment, signed)
+                    ev.MeterRecordSigned(
+                        self._engine.at_s,
+                        effect.session_id,
+                        effect.moment,
+                        signed,
+                        self._meter_signer.public_key_spki,
+                    )
                 )
                 return  # one per beat: the next one's pagination depends on this one
 

@@ -31,6 +31,11 @@ class MeterKey:
         """DER by coincurve."""
         return told.METER.private.sign(payload)
 
+    @property
+    def public_key_spki(self) -> bytes:
+        """The key itself, without its envelope."""
+        return told.METER.public_key
+
 
 @dataclass
 class Socket:
