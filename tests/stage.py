@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,6 +49,8 @@ from agent.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 ANVIL = next(iter(sorted(ROOT.glob("contracts/node_modules/@foundry-rs/anvil-*/bin/anvil"))), None)
+# Where a test run is itself killed, its processes must end too; util-linux has the word for it.
+ENDING_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 RATE_WEI_PER_KWH = 2 * 10**16
 BIDDING_S = 3  # a bid is in the next block, a second later, or in the one after that
 START_S = 40  # a Python process importing web3 on a busy two-core machine takes seconds; more means it hangs
@@ -85,7 +88,8 @@ def surroundings(**settings):
 
 
 class Program:
-    """A process in a group of its own; what it prints goes to a file. `with` ends it, whatever happens.
+    """A process in a group of its own; what it prints goes to a file. `with` waits until it is ready, and ends it,
+    whatever happens.
 
     `split`: standard error goes to a file of its own; without it `said` has both, as on a terminal.
     """
@@ -96,7 +100,7 @@ class Program:
         self._complaints = folder.joinpath(f"{name}.err").open("ab") if split else self._file
         self._began_at = self.path.stat().st_size
         self.process = subprocess.Popen(
-            [str(word) for word in words],
+            [*ENDING_WITH_US, *(str(word) for word in words)],
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=self._complaints,
@@ -106,7 +110,15 @@ class Program:
         )
 
     def __enter__(self):
+        try:
+            self.ready()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def ready(self):
+        """Wait until it can be used."""
 
     def __exit__(self, *_):
         if self.process.poll() is None:
@@ -169,6 +181,9 @@ class Charger(Program):
         self.truth_file = folder / "truth.json"
         words = (sys.executable, "-m", "agent", "charger", "simulate", *where, "--json")
         super().__init__([*words, "--truth", self.truth_file, *options], folder, "charger")
+
+    def ready(self):
+        """Until it listens; then `wire` says where."""
         self.wire = json.loads(self.heard(r"^\{.*listening.*\}$")[0])["wire"]
 
     @property
@@ -253,7 +268,7 @@ class Agent(Program):
             journal.close()
 
 
-class Anvil:
+class Anvil(Program):
     """Foundry's node as a chain with throw-away accounts: what `demo.market` needs of a Devnet."""
 
     chain_id = 31337
@@ -264,17 +279,13 @@ class Anvil:
         self.port = free_port()
         self.url_ws, self.url_http = f"ws://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}"
         options = ("--port", self.port, "--chain-id", self.chain_id, "--block-time", 1, "--accounts", 1)
-        self._program = Program([ANVIL, *options], folder, "anvil")
+        super().__init__([ANVIL, *options], folder, "anvil")
 
-    def __enter__(self):
-        self._program.__enter__()
-        self._program.heard("Listening on")
+    def ready(self):
+        """Until it listens and everybody has coins."""
+        self.heard("Listening on")
         for address in self.accounts.values():
             self.ask("anvil_setBalance", hex0x(address), hex(1_000 * 10**18))
-        return self
-
-    def __exit__(self, *_):
-        self._program.__exit__()
 
     def key(self, label):
         """An account's private key."""
@@ -310,6 +321,9 @@ asyncio.run(serve())
 
     def __init__(self, folder):
         super().__init__((sys.executable, "-c", self.CODE), folder, "broker")
+
+    def ready(self):
+        """Until it listens; then `port` says where."""
         self.port = int(self.heard(r"listening on (\d+)")[1])
 
 
@@ -351,6 +365,7 @@ class Stage:
         self._held.close()
 
     def _end_loop(self):
+        self.do(_everything_cancelled())  # a story that failed leaves its purchase under way
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_S)
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
@@ -492,3 +507,10 @@ class Stage:
 
 async def _called(function):
     return function()
+
+
+async def _everything_cancelled():
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
