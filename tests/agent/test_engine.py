@@ -130,3 +130,38 @@ def test_a_life_is_named_by_the_journals_length():
     assert story.restarts().live.life == len(story.journal)
     assert story.live.header is None
     assert story.live.started_at_s == story.book.at_s
+
+
+class Folding(ListJournal):
+    """A journal that counts how often it was asked to fold."""
+
+    def __init__(self, rows=0):
+        super().__init__()
+        self.row_count, self.folds = rows, 0
+
+    def compact(self, fold, after):
+        """Asked."""
+        self.folds += 1
+
+
+def test_the_journal_is_folded_only_when_idle_and_only_when_it_is_worth_it():
+    """Would catch folding between two beats of somebody's session, at every beat for nothing, and before we know the time."""
+    journal = Folding()
+    story = Story(journal=journal)
+    journal.row_count = room.COMPACT_ROWS_MIN
+    assert not story.engine.compact_when_idle(), "no header: it is not known what day it is"
+    story = story >> head()
+    assert story.engine.compact_when_idle()
+    assert not (story >> seen()).engine.compact_when_idle(), "somebody is awaited"
+    assert journal.folds == 1
+    story = Story(journal=(journal := Folding(room.COMPACT_ROWS_MIN - 1))) >> head()
+    assert not story.engine.compact_when_idle()
+    journal.row_count = 10 * room.COMPACT_ROWS_MIN
+    assert story.engine.compact_when_idle()
+    journal.row_count = 20 * room.COMPACT_ROWS_MIN - 1
+    assert not story.engine.compact_when_idle(), (
+        "nearly all of them must stay: not again before there are twice as many"
+    )
+    journal.row_count += 1
+    assert story.engine.compact_when_idle()
+    assert journal.folds == 2

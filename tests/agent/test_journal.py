@@ -15,9 +15,34 @@ from enum import Enum
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from story import DOMAIN, PROVIDER, T0, TERMS, ListJournal, delivering, matched, presentation, stops
+from story import (
+    DOMAIN,
+    PORT,
+    PROVIDER,
+    T0,
+    TERMS,
+    ListJournal,
+    Story,
+    believed,
+    connect,
+    delivering,
+    ended,
+    ended_believed,
+    final,
+    head,
+    matched,
+    passes,
+    presentation,
+    presents,
+    records,
+    seen,
+    settles,
+    stops,
+)
 
 from agent.core import events as ev
+from agent.core.book import FOLD_AFTER_S, folded, step
+from agent.core.session import Stage
 from agent.core.token import Domain
 from agent.errors import Misconfigured
 from agent.journal import Journal
@@ -337,4 +362,216 @@ def test_an_event_that_is_far_too_long_is_our_own_mistake(path):
     with pytest.raises(AssertionError):
         journal.append(ev.MeterRecordSigned(T0, TERMS.session_id, "end", "x" * BODY_LENGTH_MAX))
     assert len(journal) == 0
+    journal.close()
+
+
+# ---- one evening after the other
+
+
+def evening(nonce, *, settled_wh=20, seen_open=True):
+    """One whole session of 20 Wh, `nonce` days after the first: its events, ended SETTLED (or STRANDED when underpaid)."""
+    day_s = nonce * 86_400
+    terms = connect(nonce, order_wh=20, issued_at_s=T0 + day_s)
+    story = Story(chain_ahead_s=T0 + day_s - 5_000, signing=True) >> head() >> seen(terms) >> believed(terms)
+    story = story >> passes(2) >> presents(terms) >> records() >> final(terms)
+    story.outlet.welded = not seen_open
+    story.passes(60)
+    story = story >> records() >> settles() >> ended(settled_wh) >> ended_believed()
+    assert story.stage is (Stage.SETTLED if settled_wh == 20 else Stage.STRANDED)
+    return [ev.BlocksScanned(T0 + day_s, nonce, nonce.to_bytes(32, "big")), *story.journal.events]
+
+
+def lived(path, *evenings):
+    """A journal with these evenings, open."""
+    journal = opened(path)
+    for events in evenings:
+        for event in events:
+            journal.append(event)
+    return journal
+
+
+def compacted(journal, days):
+    """Fold, `days` after the first evening. What was live before: (book, rows)."""
+    before, rows = journal.replay(), journal.row_count
+    fold = folded(before, T0 + days * 86_400)
+    journal.compact(fold, step(before, fold))
+    return before, rows
+
+
+def test_an_ordinary_session_takes_twenty_rows_and_one_for_each_receipt(path):
+    """Every row is an fsync while somebody waits, and is read again at every start."""
+    events = evening(1)
+    receipts = [event for event in events if isinstance(event, ev.ReceiptCredited)]
+    assert len(receipts) >= 10
+    assert len(events) - len(receipts) <= 20
+    journal = lived(path, events)
+    assert len(journal) == len(events)
+    journal.close()
+
+
+def test_old_sessions_leave_the_book_and_stay_in_the_history_to_the_letter(path):
+    """After ten years a start must be quick, and every receipt that ever paid must still be there."""
+    evenings = [evening(nonce) for nonce in range(1, 8)]
+    journal = lived(path, *evenings)
+    newest = len(journal)
+    before, rows = compacted(journal, days=9)
+    book = journal.replay()
+    ids = list(before.sessions)
+    assert list(book.sessions) == [], "all seven are closed for more than a day"
+    assert journal.row_count == 1 < rows
+    assert len(journal) == newest + 1, "sequence numbers, and so lives, go on"
+    assert (book.records_signed, book.scanned_number, book.at_s >= before.at_s) == (14, 7, True)
+    assert journal.sessions_folded(3) == ids[:-4:-1]
+    assert journal.sessions_all() == ids
+    for session_id, events in zip(ids, evenings, strict=True):
+        assert journal.events_of(session_id) == events[1:], "all but the scan cursor"
+        assert journal.session(session_id) == before.sessions[session_id]
+    journal.close()
+    again = opened(path)
+    assert again.replay() == book
+    again.close()
+
+
+def test_young_sessions_stay_and_the_next_evening_goes_on(path):
+    """A consumer who comes back an hour later still gets his `final` from the book."""
+    journal = lived(path, *(evening(nonce) for nonce in (1, 2, 3)))
+    before, _ = compacted(journal, days=4)
+    (young,) = journal.replay().sessions.values()
+    assert young == before.sessions[young.session_id]
+    for event in evening(9):
+        journal.append(event)
+    book = journal.replay()
+    assert [one.terms.auction_nonce for one in book.sessions.values()] == [3, 9]
+    compacted(journal, days=11)
+    assert journal.replay().sessions == {}
+    assert len(journal.sessions_all()) == 4
+    journal.close()
+
+
+def test_what_is_stranded_stays_until_a_human_has_seen_it(path):
+    """It is money that somebody owes us; folding it away would make the page quiet."""
+    journal = lived(path, evening(1, settled_wh=3), evening(2))
+    compacted(journal, days=9)
+    assert [one.stage for one in journal.replay().sessions.values()] == [Stage.STRANDED]
+    journal.close()
+
+
+def test_a_locked_port_stays_locked_and_an_unlocked_one_unlocked(path):
+    """The lock-out is a fact of a session's rows: moving them must neither open the port nor lock it again."""
+    events = evening(1, seen_open=False)
+    journal = lived(path, events)
+    assert journal.replay().locked_ports.keys() == {PORT}
+    compacted(journal, days=9)
+    assert journal.replay().locked_ports.keys() == {PORT}
+    journal.append(ev.PortUnlocked(T0 + 9 * 86_400, PORT))
+    for event in evening(10):
+        journal.append(event)
+    compacted(journal, days=12)
+    book = journal.replay()
+    assert (book.locked_ports, book.sessions) == ({}, {})
+    journal.close()
+
+
+def test_nothing_is_folded_while_anything_is_open_or_awaited():
+    """Compaction takes milliseconds that belong to somebody's kWh, and a pending session's rows are needed."""
+    assert folded(delivering().book, T0 + 10 * FOLD_AFTER_S) is None
+    assert folded((Story() >> head() >> seen()).book, T0 + 10 * FOLD_AFTER_S) is None
+
+
+def test_a_session_is_not_folded_before_both_its_records_are_signed(path):
+    """The end record is the evidence; it may be signed after the chain has paid."""
+    events = [event for event in evening(1) if getattr(event, "moment", "") != "end"]
+    journal = lived(path, events)
+    compacted(journal, days=9)
+    assert len(journal.replay().sessions) == 1
+    journal.close()
+
+
+def test_a_power_cut_in_the_middle_of_folding_leaves_everything_as_it_was(path):
+    """The rows are moved in one transaction: a session is in one of the two tables, never in none."""
+    journal = lived(path, evening(1), evening(2))
+    before, rows = journal.replay(), list(journal.events())
+    fold = folded(before, T0 + 9 * 86_400)
+    wrong = step(step(before, fold), ev.PortUnlocked(T0, PORT))
+    wrong = type(wrong)(wrong.domain, wrong.provider, at_s=1)
+    with pytest.raises(AssertionError, match="same book"):
+        journal.compact(fold, wrong)
+    assert list(journal.events()) == rows
+    assert journal.sessions_folded(9) == []
+    journal.append(scanned(99))
+    assert len(journal) == len(rows) + 1
+    journal.close()
+    script = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "sys.path[:0] = sys.argv[2:]\n"
+        "from test_journal_story import opened\n"
+        "from agent.core.book import folded, step\n"
+        "journal = opened(Path(sys.argv[1]))\nbook = journal.replay()\n"
+        f"fold = folded(book, {T0 + 9 * 86_400})\n"
+        "replay = journal.replay\n"
+        "journal.replay = lambda: os.kill(os.getpid(), 9)\n"
+        "journal.compact(fold, step(book, fold))\n"
+    )
+    helper = path.parent / "test_journal_story.py"
+    helper.write_text(
+        "from agent.core.token import Domain\nfrom agent.journal import Journal\n"
+        f"def opened(path): return Journal(path, Domain({DOMAIN.chain_id}, {DOMAIN.contract!r}), {PROVIDER.address!r})\n"
+    )
+    command = [sys.executable, "-c", script, str(path), str(path.parent)]
+    assert subprocess.run(command, check=False, timeout=30).returncode == -signal.SIGKILL
+    again = opened(path)
+    assert list(again.events()) == [*rows, scanned(99)]
+    assert again.sessions_folded(9) == []
+    again.close()
+
+
+def test_a_full_disk_while_folding_loses_nothing(path):
+    """History needs room before the live rows give theirs back."""
+    journal = lived(path, *(evening(nonce) for nonce in range(1, 6)))
+    rows = list(journal.events())
+    (pages,) = journal._rows.db.execute("PRAGMA page_count").fetchone()
+    journal._rows.db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(Unwritable, match="full"):
+        compacted(journal, days=9)
+    journal.close()
+    again = opened(path)
+    assert list(again.events()) == rows
+    again.close()
+
+
+def test_a_connect_that_comes_back_after_its_session_was_folded_gets_no_power():
+    """A node that serves the old block again: the book has forgotten the session, its token has expired long ago."""
+    story = Story() >> head() >> seen() >> believed()
+    story.leaps(3 * 86_400)
+    story = story >> head() >> presents() >> passes(5)
+    assert story.stage is Stage.SETTLING
+    assert story.session.energy_wh_delivered == 0
+
+
+def many_old(path, count):
+    """A journal with this many old sessions in its history, all the same evening but for their names."""
+    journal = lived(path, evening(1))
+    compacted(journal, days=9)
+    db = journal._rows.db
+    db.execute("BEGIN")
+    (rows, first) = db.execute("SELECT COUNT(*), MIN(seq) FROM history").fetchone()
+    numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count - 1})"  # noqa: S608 - numbers of ours
+    copies = f"-(i * {rows} + seq - {first}), printf('0x%064x', i), at_s, kind, body, crc"
+    db.execute(f"{numbers} INSERT INTO history SELECT {copies} FROM n, history WHERE seq > 0")  # noqa: S608
+    db.execute("COMMIT")
+    return journal
+
+
+@pytest.mark.parametrize(
+    "count", [2_000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+)
+def test_a_start_does_not_know_how_many_sessions_there_were(path, count):
+    """A start that reads every session of ten years would keep the power off for minutes after each update."""
+    many_old(path, count).close()
+    journal = opened(path)
+    assert journal.row_count == 1
+    assert journal.replay().sessions == {}
+    assert len(journal.sessions_folded(32)) == 32
+    (total,) = journal._rows.db.execute("SELECT COUNT(DISTINCT session) FROM history").fetchone()
+    assert total == count
     journal.close()
