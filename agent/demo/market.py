@@ -158,7 +158,7 @@ chain_id = {chain_id}
 contract = "{hex0x(market.address)}"
 provider = "{hex0x(one.owner.address)}"
 confirmations = 3
-finality = 8
+finality = 4
 start_block = {market.block_number}
 
 [keys]
