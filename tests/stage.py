@@ -461,7 +461,7 @@ class Stage:
     def agent(self, charger, **settings):
         """The daemon, `settings` as its environment overrides: CHAIN__CONFIRMATIONS=1."""
         wire = charger if isinstance(charger, str) else charger.wire
-        quick = {"CHAIN__CONFIRMATIONS": 2, "PORTS__0__FAILSAFE_TIMEOUT_S": 2}
+        quick = {"CHAIN__CONFIRMATIONS": 2, "CHAIN__FINALITY": 2, "PORTS__0__FAILSAFE_TIMEOUT_S": 2}
         return self.played(Agent(self, self.config(wire), surroundings(**(quick | settings))))
 
     def journey(self, tell=lambda _progress: None):
