@@ -7,6 +7,7 @@ May not know: how the evening goes, screens.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def written(path: Path, text: str, *, mode: int = 0o600) -> Path:
 async def opened(
     node: Node, chain_id: int, organisation: Party, providers: tuple[Provider, ...], consumer: Party
 ) -> Market:
-    """Deploy, add the EVs, name the operators: three blocks, because what does not depend on each other shares one."""
+    """Deploy, add the EVs, name the operators: two blocks, because what does not depend on each other shares one."""
     sender = Sender(node, organisation.signer, chain_id, revert_name=contract.revert_name)
     deployed = await sender.send_and_wait(None, contract.encode_deploy(SHORT_MARKET))
     if deployed.contract is None:
@@ -109,17 +110,26 @@ async def opened(
     address = Address(deployed.contract)
     members = [consumer.address, *(one.owner.address for one in providers)]
     calls = [contract.encode_add_ev(ev, bytes(32)) for ev in members]
-    added = await _together(sender, node, address, calls)
+    added, *named = await asyncio.gather(
+        _together(sender, node, address, calls),
+        *(_operator_named(node, chain_id, address, one) for one in providers),
+    )
     steps = [
         Step(organisation.label, "deploy", deployed),
         *(Step(organisation.label, "addEV", one) for one in added),
     ]
-    for one in providers:
-        owner = Sender(node, one.owner.signer, chain_id, revert_name=contract.revert_name)
-        data = contract.encode_set_operator(one.operator.address, OPERATOR_WEI)
-        (named,) = await _together(owner, node, address, [data])
-        steps.append(Step(one.owner.label, "setOperator", named))
+    steps += [
+        Step(one.owner.label, "setOperator", receipt)
+        for one, (receipt,) in zip(providers, named, strict=True)
+    ]
     return Market(address, deployed.block_number, tuple(steps))
+
+
+async def _operator_named(node: Node, chain_id: int, market: Address, one: Provider) -> list[Receipt]:
+    owner = Sender(node, one.owner.signer, chain_id, revert_name=contract.revert_name)
+    return await _together(
+        owner, node, market, [contract.encode_set_operator(one.operator.address, OPERATOR_WEI)]
+    )
 
 
 async def _together(sender: Sender, node: Node, to: Address, calls: list[bytes]) -> list[Receipt]:
