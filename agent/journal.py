@@ -51,7 +51,7 @@ class Journal:
 
     def __init__(self, path: Path, domain: Domain, provider: Address, *, read_only: bool = False) -> None:
         self.path = path
-        self._domain, self._provider = domain, provider
+        self.domain, self.provider = domain, provider
         identity = {
             "schema": str(SCHEMA_VERSION),
             "chain_id": str(domain.chain_id),
@@ -76,7 +76,7 @@ class Journal:
 
     def replay(self) -> Book:
         """The book that these events make: a restart is nothing else."""
-        book = Book(self._domain, self._provider)
+        book = Book(self.domain, self.provider)
         for event in self.events():
             book = step(book, event)
         return book
@@ -127,7 +127,7 @@ class Journal:
 
     def session(self, session_id: SessionId) -> Session | None:
         """One session as its events tell it, live or folded; None for one that was never believed."""
-        book = Book(self._domain, self._provider)
+        book = Book(self.domain, self.provider)
         for event in self.events_of(session_id):
             book = step(book, event)
         return book.sessions.get(session_id)

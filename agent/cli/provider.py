@@ -16,7 +16,7 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -30,6 +30,10 @@ from agent.config import AgentConfig, load_agent
 from agent.core.units import UINT64_MAX, UINT128_MAX, Address, cost_wei_ceil, cost_wei_floor, hex0x
 from agent.errors import Refused
 
+if TYPE_CHECKING:
+    from agent.journal import Journal
+
+SESSION_PREFIX_MIN: Final = 10  # what `sessions` shows of an id
 BPS: Final = 10_000  # the contract's bond is in 1/10000 of the cost
 AUCTIONS_SHOWN_MAX: Final = 500  # each costs a question to the node; a flood of them must not hang a command
 
@@ -319,12 +323,67 @@ def sessions(config_file: Path, *, as_json: bool) -> None:
     echo({"sessions": rows}, _sessions_text(rows), as_json=as_json)
 
 
-def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
-    """As `views.status` shows them, from what is on the disk. Raises Refused when there is no journal yet."""
-    from agent.core.live import Live, Policy
+@provider.command()
+@CONFIG
+@click.option("--session", "wanted", metavar="ID", help="One session: its id, or its first ten characters.")
+@click.option("--all", "everything", is_flag=True, help="Every session there ever was.")
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where the files go, one a session.",
+)
+@json_option
+def export(config_file: Path, wanted: str | None, folder: Path, *, everything: bool, as_json: bool) -> None:
+    """Write what proves a session, for `v2v verify`.
+
+    One file a session: terms, token, receipts, meter records, settlement. It holds signatures, but no key.
+    """
+    if (wanted is None) is not everything:
+        raise click.UsageError("either --session ID, or --all")
+    with _journal(load_agent(config_file, os.environ)) as journal:
+        rows = _exported(journal, wanted, folder)
+    text = table(("session", "stage", "settled Wh", "file", "digest"), [tuple(row.values()) for row in rows])
+    echo({"sessions": rows}, text if rows else "There is no session yet.", as_json=as_json)
+
+
+def _exported(journal: Journal, wanted: str | None, folder: Path) -> list[dict[str, Any]]:
+    """Write the files; a row for each. Raises Refused for a session that is not there, or not one only."""
+    from agent.evidence import canonical, evidence
+
+    found = [one for one in journal.sessions_all() if wanted is None or hex0x(one).startswith(wanted.lower())]
+    if wanted is not None and (len(found) != 1 or len(wanted) < SESSION_PREFIX_MIN):
+        why = f"{len(found)} sessions begin with {wanted!r}"
+        raise Refused("unknown_session", why, remedy="`v2v provider sessions --json` shows every id in full.")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    rows = []
+    for session_id in found:
+        if journal.session(session_id) is None:
+            continue  # seen on chain, and gone before it was believed: nothing came of it
+        content = evidence(journal.domain, journal.provider, session_id, journal.events_of(session_id))
+        file = folder / f"{hex0x(session_id)}.json"
+        unfinished = file.with_suffix(".part")
+        unfinished.touch(mode=0o600)
+        unfinished.write_bytes(canonical(content))
+        unfinished.replace(file)
+        summary = content["summary"]
+        rows.append(
+            {
+                "session_id": hex0x(session_id),
+                "stage": summary["stage"],
+                "energy_wh_settled": summary["energy_wh_settled"],
+                "file": str(file),
+                "digest": content["digest"],
+            }
+        )
+    return rows
+
+
+def _journal(settings: AgentConfig) -> closing[Journal]:
+    """The journal as it is on the disk, for reading. Raises Refused when there is none yet."""
     from agent.core.token import Domain
     from agent.journal import Journal
-    from agent.views import CLOSED_SHOWN_MAX, session, status
 
     path = settings.journal.path
     if not path.is_file():
@@ -334,7 +393,15 @@ def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
             remedy="The agent makes it when it first runs: v2v provider run; or correct [journal] path.",
         )
     domain = Domain(settings.chain.chain_id, Address(settings.chain.contract))
-    with closing(Journal(path, domain, Address(settings.chain.provider), read_only=True)) as journal:
+    return closing(Journal(path, domain, Address(settings.chain.provider), read_only=True))
+
+
+def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:
+    """As `views.status` shows them, from what is on the disk. Raises Refused when there is no journal yet."""
+    from agent.core.live import Live, Policy
+    from agent.views import CLOSED_SHOWN_MAX, session, status
+
+    with _journal(settings) as journal:
         book = journal.replay()
         old = [journal.session(session_id) for session_id in journal.sessions_folded(CLOSED_SHOWN_MAX)]
     nothing_live = Live(Policy(max_unacked_wh={}), life=0, started_at_s=book.at_s, started_at_ms=0, now_ms=0)

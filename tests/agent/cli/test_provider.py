@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proof import session_id_of, settled
 from story import CONSUMER, DOMAIN, PROVIDER, TERMS, at, receipt, reverts, settles
 from town import Town, v2v
 
 from agent.cli.provider import _block_at
+from agent.core.book import FOLD_AFTER_S, folded, step
 from agent.core.session import Stage
 from agent.core.units import hex0x
 from agent.journal import Journal
@@ -278,3 +280,58 @@ def test_a_journal_of_another_market_is_refused(tmp_path):
     said = v2v("provider", "sessions", "--config", file)
     assert said.exit_code == 78
     assert "belongs to provider" in said.err
+
+
+# ---- the history, and what proves it
+
+
+def aged(tmp_path):
+    """A journal of three evenings, two of them folded into the history."""
+    journal = Journal(tmp_path / "journal.sqlite", DOMAIN, PROVIDER.address)
+    evenings = [settled(nonce) for nonce in (1, 2)]
+    for event in [event for events in evenings for event in events]:
+        journal.append(event)
+    book = journal.replay()
+    fold = folded(book, book.at_s + 10 * FOLD_AFTER_S)
+    journal.compact(fold, step(book, fold))
+    evenings.append(settled(3))
+    for event in evenings[2]:
+        journal.append(event)
+    return journal, [session_id_of(events) for events in evenings]
+
+
+def test_sessions_that_left_the_live_journal_are_still_listed(tmp_path):
+    """Would catch an owner who sees last month's earnings vanish."""
+    journal, ids = aged(tmp_path)
+    assert list(journal.replay().sessions) == [ids[2]]
+    rows = v2v("provider", "sessions", "--config", settings(tmp_path), "--json").json["sessions"]
+    journal.close()
+    assert [row["session_id"] for row in rows] == [hex0x(one) for one in (ids[2], ids[1], ids[0])]
+    assert {row["energy_wh_settled"] for row in rows} == {20}
+
+
+def test_every_session_is_exported_and_proven(tmp_path):
+    """Would catch a folded session whose proof is gone, and a file that our own verifier does not accept."""
+    journal, ids = aged(tmp_path)
+    out = tmp_path / "out"
+    said = v2v("provider", "export", "--config", settings(tmp_path), "--all", "--out", str(out), "--json")
+    journal.close()
+    assert {row["session_id"] for row in said.json["sessions"]} == {hex0x(one) for one in ids}
+    files = sorted(out.iterdir())
+    assert [file.stat().st_mode & 0o077 for file in files] == [0, 0, 0], "it holds signatures"
+    told = v2v("verify", *map(str, files))
+    assert (told.exit_code, told.out.count(": proven")) == (0, 3)
+
+
+def test_one_session_is_exported_by_what_the_list_shows_of_it(tmp_path):
+    """Would catch an owner who has to type 64 digits, and a short id that means two sessions."""
+    journal, ids = aged(tmp_path)
+    journal.close()
+    words = ("provider", "export", "--config", settings(tmp_path), "--out", str(tmp_path / "out"))
+    said = v2v(*words, "--session", hex0x(ids[0])[:10])
+    assert said.exit_code == 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [f"{hex0x(ids[0])}.json"]
+    for unknown in ("0x", "0x00000000"):
+        said = v2v(*words, "--session", unknown)
+        assert (said.exit_code, "unknown_session" in said.err) == (3, True)
+    assert v2v(*words).exit_code == 2
