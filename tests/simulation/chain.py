@@ -105,6 +105,7 @@ class State:
     ledger: dict = field(default_factory=dict)  # account -> wei
     opened: dict = field(default_factory=dict)  # (consumer, auction nonce) -> token
     ended: dict = field(default_factory=dict)  # token -> (Wh paid, fee)
+    conceded: dict = field(default_factory=dict)  # token -> highest Wh its consumer conceded
     nonces: dict = field(default_factory=dict)
     coins: dict = field(default_factory=dict)
 
@@ -246,6 +247,7 @@ class Rules:
 
     def _concede(self, token, session, energy_wh):
         raised = energy_wh > session.claimed_wh
+        self.state.conceded[token] = max(energy_wh, self.state.conceded.get(token, 0))
         session = replace(session, claimed_wh=max(energy_wh, session.claimed_wh))
         if session.claimed_wh == session.energy_wh:
             self._settle(token, session)
@@ -435,7 +437,7 @@ class Chain:
             called.run(tx.data)
         except Revert:
             return Mined(tx, succeeded=False, logs=())
-        for part in ("slots", "sessions", "ledger", "opened", "ended"):
+        for part in ("slots", "sessions", "ledger", "opened", "ended", "conceded"):
             setattr(state, part, getattr(trial, part))
         return Mined(tx, succeeded=True, logs=tuple(called.logs))
 

@@ -31,7 +31,6 @@ REPEAT_MS = 2_000
 RECONNECT_MS = 40_000
 NEW_HELLO = frozenset({"stale_hello", "replayed"})
 RATE_WEI_PER_KWH = 3 * 10**17
-VALIDITY_S = 900
 STRANGER = Wallet(99)
 
 
@@ -71,6 +70,7 @@ class Order:
     start_s: int = 5
     port: str = "left"
     character: Character = HONEST
+    validity_s: int = 900
 
 
 class Consumer:
@@ -91,11 +91,10 @@ class Consumer:
         )
         world.chain.wins(
             self.key.address,
-            Slot(self.auction_nonce, market.provider, order.energy_wh, RATE_WEI_PER_KWH, VALIDITY_S),
+            Slot(self.auction_nonce, market.provider, order.energy_wh, RATE_WEI_PER_KWH, order.validity_s),
         )
         self.token = None
         self.presented_tokens = set()
-        self.conceded_wh = 0
         self.signed_wh = 0
         self._present_bytes, self._challenge, self._used_hello = None, None, None
         self._answered = False
@@ -122,7 +121,9 @@ class Consumer:
         token = state.opened.get((self.address, self.auction_nonce))
         if token is not None:
             return token in state.ended
-        return self._connect_ms is not None and not self.character.reconnects and self.world.was_reorged
+        nonce = self.world.chain.state.nonces.get(self.address, 0)
+        waits = (self.address, nonce) in self.world.chain.pool
+        return self._connect_ms is not None and not self.character.reconnects and not waits
 
     def _send(self, data):
         chain = self.world.chain
@@ -265,8 +266,7 @@ class Consumer:
         who = self.character
         received_wh = self.world.true_mwh(self.session_id) // 1000
         if who.ends_on_chain_wh is not None and received_wh >= who.ends_on_chain_wh and not session.closing:
-            self.conceded_wh = received_wh // 2
-            self._send(contract.encode_end_connection(self.token, self.conceded_wh, rules.NO_ACK))
+            self._send(contract.encode_end_connection(self.token, received_wh // 2, rules.NO_ACK))
         if who.stops_wh is not None and received_wh >= who.stops_wh and not self._asked:
             self._asked = self._stop_is_heard()
             request = rules.StopRequest(self.session_id, self.world.chain_time_s())

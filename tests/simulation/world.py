@@ -83,6 +83,7 @@ class Plan:
     sleeps: tuple[tuple[int, int], ...] = ()  # at s, for s: the computer sleeps, its clock too
     restarts: tuple[int, ...] = ()  # at s: an orderly stop and start
     welds: tuple[tuple[int, str], ...] = ()  # at s, port: the contactor sticks
+    finality: int = 4  # blocks; deeper than any reorg of the plan
     horizon_s: int = 6_000
 
 
@@ -174,12 +175,25 @@ class World:
         for number, order in enumerate(plan.orders):
             consumer = Consumer(self, number, order)
             self.consumers[consumer.session_id] = consumer
-        slowest_ms = max(car.ev_lag_ms for _, car in plan.cars)
-        # Failsafe, the car's lag, the box opening under load, two polls: rule 8 has no room beyond.
-        self.stop_ms_max = FAILSAFE_S * 1000 + slowest_ms + PlantConfig().force_open_ms + 2_000
+        self.stop_ms_max = self._stop_ms()
         self.config = self._config()
         self.max_unacked_wh = UNACKED_WH
         self.max_unfinal_wh = self.config.policy.max_unfinal_wh
+
+    def _stop_ms(self):
+        """t_poll + t_stop of PROTOCOL section 5: a poll and the car's lag; with faults the failsafe and a forced opening."""
+        plan = self.plan
+        slowest_ms = max(car.ev_lag_ms for _, car in plan.cars) + 2_000
+        if (
+            plan.cuts
+            or plan.cut_after_label
+            or plan.storm.bus_fails
+            or plan.freezes
+            or plan.sleeps
+            or plan.restarts
+        ):
+            return FAILSAFE_S * 1000 + slowest_ms + PlantConfig().force_open_ms
+        return slowest_ms + 2_000
 
     def _outlet(self, car):
         config = PlantConfig(
@@ -204,7 +218,7 @@ class World:
         )
         path.write_text(
             f'[chain]\nurls = ["ws://127.0.0.1:1"]\nchain_id = {DOMAIN.chain_id}\ncontract = "0x{DOMAIN.contract.hex()}"\n'
-            f'provider = "0x{PROVIDER.address.hex()}"\nfinality = 12\n{ports}[policy]\nmax_unacked_wh = {UNACKED_WH}\n'
+            f'provider = "0x{PROVIDER.address.hex()}"\nfinality = {self.plan.finality}\n{ports}[policy]\nmax_unacked_wh = {UNACKED_WH}\n'
             '[mqtt]\nurl = "mqtt://127.0.0.1:1"\n[http]\nenabled = false\n[journal]\npath = "./journal.sqlite"\n'
         )
         return load_agent(path, {})
@@ -215,9 +229,9 @@ class World:
         """The world's milliseconds. The agent's clock stands still while its computer sleeps; the world's does not."""
         return int(asyncio.get_running_loop().time() * 1000) + self.slept_ms
 
-    def chain_time_s(self):
-        """What an honest block says."""
-        return T0 + self.now_ms() // 1000
+    def chain_time_s(self, ms=None):
+        """What an honest block says, now or at a moment of the world."""
+        return T0 + (self.now_ms() if ms is None else ms) // 1000
 
     def random_bytes(self, count):
         """For nonces."""
@@ -416,7 +430,10 @@ class World:
         """A block every twelve seconds, at its own second even when the process stood still meanwhile."""
         next_ms = (self.now_ms() // 12_000 + 1) * 12_000
         while True:
-            await asyncio.sleep(max(0.0, (next_ms - self.now_ms()) / 1000))
+            while (
+                self.now_ms() < next_ms
+            ):  # in small steps: the computer may sleep meanwhile, the chain does not
+                await asyncio.sleep(min(1.0, (next_ms - self.now_ms()) / 1000))
             at_s = next_ms // 1000
             if not any(since_s <= at_s < since_s + for_s for since_s, for_s in self.plan.outages):
                 self.chain.mine(T0 + at_s)
