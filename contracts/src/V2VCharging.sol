@@ -3,9 +3,10 @@ pragma solidity ^0.8.20;
 
 import {Ownable} from "@openzeppelin/contracts/access/Ownable.sol";
 import {Ownable2Step} from "@openzeppelin/contracts/access/Ownable2Step.sol";
+import {LowLevelCall} from "@openzeppelin/contracts/utils/LowLevelCall.sol";
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {IV2VCharging} from "./IV2VCharging.sol";
-import {AuctionWord, SessionWord, Words} from "./Words.sol";
+import {AccountWord, AuctionWord, OperatorWord, RulesWord, SessionWord, Words} from "./Words.sol";
 
 /// @title V2V charging market
 /// @dev Immutable, native coin, one external call (in `withdraw`, last).
@@ -19,26 +20,21 @@ import {AuctionWord, SessionWord, Words} from "./Words.sol";
 ///   what the contract holds, so each fits 96 bits;
 /// * energy < 2**24 Wh (16.7 MWh) and rate < 2**64 wei per kWh (18.4 coins), so a cost is below 2**79 wei;
 /// * times of auctions < 2**32 (year 2106), token validity < 2**18 s, soft closes < 2**3.
+/// That is why sums inside a word are unchecked; test/Conservation.t.sol and test/Proofs.t.sol hold them to it.
 contract V2VCharging is IV2VCharging, Ownable2Step {
     // ---------------------------------------------------------------- storage
 
-    /// @dev `addedAt != 0`: a registered EV. `index != 0`: named in auction and session words.
-    struct AccountWord {
-        uint96 balance;
-        uint96 operatorBonds; // locked by its operator in live bids and sessions
-        uint40 addedAt;
-        uint24 index;
+    /// @dev A word in a struct can be pointed at: read and written again without hashing its place twice.
+    struct Account {
+        AccountWord word;
     }
 
-    struct OperatorWord {
-        address operator;
-        uint96 bondLimit;
-    }
+    // These two share a word with Ownable2Step's pending owner; the index keeps it from ever returning to zero, so a
+    // switch costs the same both ways.
+    bool public status = true;
+    uint24 private _nextIndex = 1; // 0 names nobody
 
-    bool public status = true; // shares a word with Ownable2Step's pending owner
-    uint24 private _evCount; // indices given so far
-
-    mapping(address account => AccountWord) private _accounts;
+    mapping(address account => Account) private _accounts;
     mapping(address account => OperatorWord) private _operators;
     mapping(address ev => bytes32 info) private _infos;
     mapping(uint256 index => address ev) private _evAt;
@@ -57,19 +53,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     );
     bytes32 private constant RECEIPT_TYPEHASH = keccak256("Receipt(bytes32 sessionId,uint64 deliveredWh)");
 
-    uint256 private immutable _minBiddingSeconds;
-    uint256 private immutable _maxBiddingSeconds;
-    uint256 private immutable _softCloseSeconds;
-    uint256 private immutable _softCloseMax;
-    uint256 private immutable _connectWindowSeconds;
-    uint256 private immutable _tokenValidityMin;
-    uint256 private immutable _tokenValidityMax;
-    uint256 private immutable _challengeSeconds;
-    uint256 private immutable _graceSeconds;
-    uint256 private immutable _bondBps;
-
-    uint256 private immutable _domainChainId;
-    bytes32 private immutable _domainSeparator;
+    RulesWord private immutable _rules;
 
     constructor(MarketParameters memory market) Ownable(msg.sender) {
         if (
@@ -78,18 +62,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
                 || market.tokenValidityMax > Words.VALIDITY_MAX || market.softCloseMax > Words.SOFT_CLOSES_MAX
                 || market.bondBps > BPS
         ) revert BadParameters();
-        _minBiddingSeconds = market.minBiddingSeconds;
-        _maxBiddingSeconds = market.maxBiddingSeconds;
-        _softCloseSeconds = market.softCloseSeconds;
-        _softCloseMax = market.softCloseMax;
-        _connectWindowSeconds = market.connectWindowSeconds;
-        _tokenValidityMin = market.tokenValidityMin;
-        _tokenValidityMax = market.tokenValidityMax;
-        _challengeSeconds = market.challengeSeconds;
-        _graceSeconds = market.graceSeconds;
-        _bondBps = market.bondBps;
-        _domainChainId = block.chainid;
-        _domainSeparator = _newDomainSeparator();
+        _rules = Words.newRules(market);
     }
 
     // ------------------------------------------------------------ organisation
@@ -97,18 +70,18 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     /// @inheritdoc IV2VCharging
     function addEV(address ev, bytes32 info) external onlyOwner {
         _requireActive();
-        AccountWord storage account = _accounts[ev];
-        if (account.addedAt != 0) revert AlreadyEV(ev);
-        account.addedAt = uint40(block.timestamp);
+        Account storage account = _accounts[ev];
+        if (account.word.isEV()) revert AlreadyEV(ev);
+        account.word = account.word.registered(block.timestamp);
         _infos[ev] = info;
         emit EVAdded(ev, info);
     }
 
     /// @inheritdoc IV2VCharging
     function removeEV(address ev) external onlyOwner {
-        AccountWord storage account = _accounts[ev];
-        if (account.addedAt == 0) return;
-        account.addedAt = 0; // balance, index and operator bonds stay: its exits need them
+        Account storage account = _accounts[ev];
+        if (!account.word.isEV()) return;
+        account.word = account.word.removed(); // balance, index and operator bonds stay: its exits need them
         delete _infos[ev];
         emit EVRemoved(ev);
     }
@@ -130,21 +103,19 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     /// @inheritdoc IV2VCharging
     function withdraw(uint256 amount, address to) external {
         if (to == address(0)) revert ZeroAddress();
-        AccountWord storage account = _accounts[msg.sender];
-        uint256 balance = account.balance;
-        if (amount > balance) revert Insufficient(balance, amount);
-        account.balance = uint96(balance - amount);
+        Account storage account = _accounts[msg.sender];
+        account.word = _debited(account.word, amount);
         emit Withdrawn(msg.sender, to, amount);
-        (bool paid,) = to.call{value: amount}(""); // the only external call, after all state is written
-        if (!paid) revert TransferFailed();
+        // The only external call, after all state is written; what it returns is not even copied.
+        if (!LowLevelCall.callNoReturn(to, amount, "")) revert TransferFailed();
     }
 
     /// @inheritdoc IV2VCharging
     function setOperator(address operator, uint128 bondLimit) external {
         // Saturating is exact: no bonds above 96 bits can exist.
-        uint96 limit = bondLimit > type(uint96).max ? type(uint96).max : uint96(bondLimit);
-        _operators[msg.sender] = OperatorWord(operator, limit);
-        emit OperatorSet(msg.sender, operator, limit);
+        if (bondLimit > type(uint96).max) bondLimit = type(uint96).max;
+        _operators[msg.sender] = Words.newOperator(operator, bondLimit);
+        emit OperatorSet(msg.sender, operator, bondLimit);
     }
 
     // ----------------------------------------------------------------- auction
@@ -158,19 +129,20 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         bytes32 terms
     ) external payable {
         _requireActive();
-        _requireEV(msg.sender);
         AuctionWord a = _auctions[msg.sender];
-        if (a.energyWh() != 0) revert AuctionLive();
+        if (a.isLive()) revert AuctionLive();
         if (energyWh == 0 || energyWh > Words.ENERGY_WH_MAX) revert EnergyOutOfRange(Words.ENERGY_WH_MAX);
         if (startRate == 0 || startRate > Words.RATE_MAX) revert RateOutOfRange(Words.RATE_MAX);
-        if (tokenValiditySeconds < _tokenValidityMin || tokenValiditySeconds > _tokenValidityMax) {
-            revert ValidityOutOfRange(_tokenValidityMin, _tokenValidityMax);
+        (uint256 min, uint256 max) = _rules.tokenValidityRange();
+        if (tokenValiditySeconds < min || tokenValiditySeconds > max) revert ValidityOutOfRange(min, max);
+        uint256 nonce = a.auctionNonce();
+        unchecked {
+            if (++nonce > Words.NONCE_MAX) revert NonceExhausted();
         }
-        uint256 nonce = a.auctionNonce() + 1;
-        if (nonce > Words.NONCE_MAX) revert NonceExhausted();
 
         a = Words.newAuction(startRate, _closingTime(biddingSeconds), nonce, energyWh, tokenValiditySeconds);
-        _lock(msg.sender, _costCeil(startRate, energyWh));
+        (uint256 cost,) = _locked(startRate, energyWh);
+        _lock(msg.sender, cost);
         _auctions[msg.sender] = a;
         emit AuctionStarted(
             msg.sender, uint64(nonce), energyWh, startRate, uint64(a.closingTime()), tokenValiditySeconds, terms
@@ -184,7 +156,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     /// @inheritdoc IV2VCharging
     function placeBidFor(address provider, address consumer, uint64 auctionNonce_, uint128 rate) external {
-        if (_operators[provider].operator != msg.sender) revert NotOperator();
+        if (_operators[provider].operator() != msg.sender) revert NotOperator();
         _bid(provider, consumer, auctionNonce_, rate);
     }
 
@@ -211,23 +183,34 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function connect(address provider, uint64 energyWh) external returns (bytes32 token) {
         _requireActive();
         AuctionWord a = _closedAuction(msg.sender);
-        uint256 validity = block.timestamp + a.validity();
         uint256 winner = a.bidder(); // 0: nobody bid
-        if (winner == 0 || winner != _accounts[provider].index) revert NotWinner(_evAt[winner]);
+        AccountWord them = _accounts[provider].word;
+        if (winner == 0 || winner != them.index()) revert NotWinner(_evAt[winner]);
         if (a.energyWh() != energyWh) revert WrongEnergy(uint64(a.energyWh()));
-        uint256 connectBy = a.closingTime() + _connectWindowSeconds;
+        uint256 connectBy = _connectBy(a);
         if (block.timestamp > connectBy) revert ConnectExpired(uint64(connectBy));
-        _requireEV(msg.sender);
-        _requireEV(provider);
+        AccountWord we = _accounts[msg.sender].word;
+        _requireEV(msg.sender, we);
+        _requireEV(provider, them);
 
+        uint256 validity;
+        uint256 settleAt;
+        unchecked {
+            validity = block.timestamp + a.validity();
+            settleAt = validity + _rules.graceSeconds();
+        }
         token = keccak256(abi.encodePacked(msg.sender, provider, block.timestamp, validity));
         // Cannot happen (a consumer's next auction closes at least a second later), and must not.
-        if (_sessions[token].energyWh() != 0) revert TokenExists(token);
+        if (_sessions[token].isOpen()) revert TokenExists(token);
 
-        SessionWord s = a.newSession(_accounts[msg.sender].index, validity + _graceSeconds);
+        SessionWord s = a.newSession(we.index(), settleAt);
         _auctions[msg.sender] = a.freed();
         _sessions[token] = s;
-        _credit(msg.sender, _costCeil(a.startRate(), energyWh) - _costCeil(s.rate(), energyWh));
+        (uint256 cost,) = _locked(s.rate(), energyWh);
+        (uint256 startCost,) = _locked(a.startRate(), energyWh);
+        unchecked {
+            _credit(msg.sender, startCost - cost); // the winner's rate is not above the start rate
+        }
         emit Connected(provider, msg.sender, token, validity);
         _emitSessionOpened(s, token, provider, validity);
     }
@@ -237,7 +220,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         (SessionWord s, address consumer, address provider) = _openSession(token, deliveredWh);
         if (msg.sender == consumer) {
             _concede(token, s, consumer, provider, deliveredWh);
-        } else if (msg.sender == provider || msg.sender == _operators[provider].operator) {
+        } else if (msg.sender == provider || msg.sender == _operators[provider].operator()) {
             if (deliveredWh > s.claimedWh()) {
                 _requireProof(s, consumer, provider, deliveredWh, ack);
                 s = s.withClaim(deliveredWh);
@@ -274,23 +257,23 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     /// @inheritdoc IV2VCharging
     function isReceiptValid(bytes32 token, uint64 deliveredWh, Ack calldata ack) external view returns (bool) {
         SessionWord s = _sessions[token];
-        if (s.energyWh() == 0 || deliveredWh > s.energyWh()) return false;
+        if (!s.isOpen() || deliveredWh > s.energyWh()) return false;
         return _isProven(s, _evAt[s.consumer()], _evAt[s.provider()], deliveredWh, ack);
     }
 
     /// @inheritdoc IV2VCharging
     function sessions(bytes32 token) external view returns (Session memory session) {
         SessionWord s = _sessions[token];
-        if (s.energyWh() == 0) return session;
-        session.status = s.closing() ? SessionStatus.Closing : SessionStatus.Active;
+        if (s.closing()) session.status = SessionStatus.Closing;
+        else if (s.isOpen()) session.status = SessionStatus.Active;
+        // All zero without a session: index 0 names nobody.
         session.consumer = _evAt[s.consumer()];
         session.provider = _evAt[s.provider()];
         session.auctionNonce = uint64(s.auctionNonce());
         session.energyWh = uint64(s.energyWh());
         session.claimedWh = uint64(s.claimedWh());
         session.rate = uint128(s.rate());
-        session.deposit = _costCeil(s.rate(), s.energyWh());
-        session.bond = _bondOf(session.deposit);
+        (session.deposit, session.bond) = _locked(s.rate(), s.energyWh());
         session.settleAt = uint64(s.settleAt());
         session.operatorBond = s.operatorBond();
     }
@@ -299,17 +282,17 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function auctions(address consumer) external view returns (Auction memory auction) {
         AuctionWord a = _auctions[consumer];
         auction.auctionNonce = uint64(a.auctionNonce());
-        if (a.energyWh() == 0) return auction;
+        if (!a.isLive()) return auction;
         auction.live = true;
         auction.energyWh = uint64(a.energyWh());
         auction.startRate = uint128(a.startRate());
         auction.rate = uint128(a.rate());
         auction.provider = _evAt[a.bidder()];
         auction.closingTime = uint64(a.closingTime());
-        auction.connectBy = uint64(a.closingTime() + _connectWindowSeconds);
+        auction.connectBy = uint64(_connectBy(a));
         auction.tokenValiditySeconds = uint64(a.validity());
-        auction.deposit = _costCeil(a.startRate(), a.energyWh());
-        auction.bond = _bondOf(_costCeil(a.rate(), a.energyWh()));
+        (auction.deposit,) = _locked(a.startRate(), a.energyWh());
+        (, auction.bond) = _locked(a.rate(), a.energyWh());
         auction.operatorBond = a.operatorBond();
     }
 
@@ -320,17 +303,17 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     /// @inheritdoc IV2VCharging
     function balances(address account) external view returns (uint256) {
-        return _accounts[account].balance;
+        return _accounts[account].word.balance();
     }
 
     /// @inheritdoc IV2VCharging
     function isEV(address account) public view returns (bool) {
-        return _accounts[account].addedAt != 0;
+        return _accounts[account].word.isEV();
     }
 
     /// @inheritdoc IV2VCharging
     function evInfo(address ev) external view returns (bytes32 info, uint64 addedAt) {
-        return (_infos[ev], _accounts[ev].addedAt);
+        return (_infos[ev], uint64(_accounts[ev].word.addedAt()));
     }
 
     /// @inheritdoc IV2VCharging
@@ -339,29 +322,22 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         view
         returns (address operator, uint128 bondLimit, uint128 bondLocked)
     {
-        OperatorWord storage o = _operators[account];
-        return (o.operator, o.bondLimit, _accounts[account].operatorBonds);
+        OperatorWord o = _operators[account];
+        return (o.operator(), uint128(o.bondLimit()), uint128(_accounts[account].word.operatorBonds()));
     }
 
     /// @inheritdoc IV2VCharging
     function parameters() external view returns (MarketParameters memory) {
-        return MarketParameters({
-            minBiddingSeconds: uint32(_minBiddingSeconds),
-            maxBiddingSeconds: uint32(_maxBiddingSeconds),
-            softCloseSeconds: uint32(_softCloseSeconds),
-            softCloseMax: uint32(_softCloseMax),
-            connectWindowSeconds: uint32(_connectWindowSeconds),
-            tokenValidityMin: uint32(_tokenValidityMin),
-            tokenValidityMax: uint32(_tokenValidityMax),
-            challengeSeconds: uint32(_challengeSeconds),
-            graceSeconds: uint32(_graceSeconds),
-            bondBps: uint32(_bondBps)
-        });
+        return _rules.parameters();
     }
 
     /// @inheritdoc IV2VCharging
     function domainSeparator() public view returns (bytes32) {
-        return block.chainid == _domainChainId ? _domainSeparator : _newDomainSeparator();
+        // Not cached: a copy that a forked chain's id must be compared with first costs more code than it spares gas.
+        return
+            keccak256(
+                abi.encode(DOMAIN_TYPEHASH, keccak256("V2VCharging"), keccak256("1"), block.chainid, address(this))
+            );
     }
 
     // ---------------------------------------------------------- inside: guards
@@ -370,13 +346,13 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (!status) revert MarketInactive();
     }
 
-    function _requireEV(address account) private view {
-        if (!isEV(account)) revert NotEV(account);
+    function _requireEV(address who, AccountWord account) private pure {
+        if (!account.isEV()) revert NotEV(who);
     }
 
     function _liveAuction(address consumer) private view returns (AuctionWord a) {
         a = _auctions[consumer];
-        if (a.energyWh() == 0) revert NoAuction();
+        if (!a.isLive()) revert NoAuction();
     }
 
     function _closedAuction(address consumer) private view returns (AuctionWord a) {
@@ -390,7 +366,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         returns (SessionWord s, address consumer, address provider)
     {
         s = _sessions[token];
-        if (s.energyWh() == 0) revert NoSession(token);
+        if (!s.isOpen()) revert NoSession(token);
         if (deliveredWh > s.energyWh()) revert OverAmount(uint64(s.energyWh()));
         (consumer, provider) = (_evAt[s.consumer()], _evAt[s.provider()]);
     }
@@ -399,7 +375,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         bool bidless = a.rate() == 0;
         if (bidless && msg.sender == consumer) return true;
         if (block.timestamp < a.closingTime()) return false;
-        if (block.timestamp > a.closingTime() + _connectWindowSeconds) return true;
+        if (block.timestamp > _connectBy(a)) return true;
         return !status || !isEV(consumer) || (!bidless && !isEV(_evAt[a.bidder()]));
     }
 
@@ -413,99 +389,104 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         emit Deposited(msg.sender, msg.value);
     }
 
+    /// @dev Pay into a ledger; `amount` may carry a release of operator bonds (see `Words.released`).
     function _credit(address account, uint256 amount) private {
-        if (amount != 0) _accounts[account].balance += uint96(amount);
+        if (amount == 0) return;
+        Account storage to = _accounts[account];
+        to.word = to.word.credited(amount);
+    }
+
+    function _debited(AccountWord w, uint256 amount) private pure returns (AccountWord) {
+        if (amount > w.balance()) revert Insufficient(w.balance(), amount);
+        return w.debited(amount);
     }
 
     /// @dev Credit the value sent, then lock `amount` of the ledger; written only when something changed. Gives the
     /// account its index. `msg.value` is the caller's own: `placeBidFor`, the only call for somebody else, is not payable.
     function _lock(address who, uint256 amount) private returns (uint256 index) {
         _receive();
-        AccountWord storage account = _accounts[who];
-        uint256 available = account.balance + msg.value;
-        if (available < amount) revert Insufficient(available, amount);
-        if (msg.value != amount) account.balance = uint96(available - amount);
+        Account storage account = _accounts[who];
+        AccountWord before = account.word;
+        _requireEV(who, before);
+        AccountWord w = _debited(before.credited(msg.value), amount);
         if (msg.sender != who) {
             // its operator: only as far as it was trusted
-            uint256 limit = _operators[who].bondLimit;
-            uint256 locked = account.operatorBonds + amount;
-            if (locked > limit) revert OperatorLimit(limit, locked);
-            account.operatorBonds = uint96(locked);
+            w = w.bonded(amount);
+            uint256 limit = _operators[who].bondLimit();
+            if (w.operatorBonds() > limit) revert OperatorLimit(limit, w.operatorBonds());
         }
-        index = account.index;
+        index = w.index();
         if (index == 0) {
-            index = ++_evCount; // checked; only registered EVs come here, so the organisation bounds their number
-            account.index = uint24(index);
+            index = _nextIndex++; // checked; only registered EVs come here, so the organisation bounds their number
+            w = w.withIndex(index);
             _evAt[index] = who;
         }
-    }
-
-    /// @dev Pay a bond back (and more) to a provider, and take it off its operator's limit if it counted there.
-    function _creditProvider(address provider, uint256 amount, uint256 bond, bool operatorBond) private {
-        AccountWord storage account = _accounts[provider];
-        account.balance += uint96(amount);
-        if (operatorBond) account.operatorBonds -= uint96(bond);
+        if (AccountWord.unwrap(w) != AccountWord.unwrap(before)) account.word = w;
     }
 
     // --------------------------------------------------------- inside: auction
 
     function _closingTime(uint256 biddingSeconds) private view returns (uint256 closing) {
-        if (biddingSeconds < _minBiddingSeconds || biddingSeconds > _maxBiddingSeconds) {
-            revert BiddingOutOfRange(_minBiddingSeconds, _maxBiddingSeconds);
+        (uint256 min, uint256 max) = _rules.biddingRange();
+        if (biddingSeconds < min || biddingSeconds > max) revert BiddingOutOfRange(min, max);
+        unchecked {
+            closing = block.timestamp + biddingSeconds;
+            // Every soft close included, the time must fit its 32 bits: from the year 2106 on no auction starts any more.
+            if (closing + _rules.softCloseMax() * _rules.softCloseSeconds() > Words.TIME_MAX) revert ClockExhausted();
         }
-        closing = block.timestamp + biddingSeconds;
-        // Every soft close included, the time must fit its 32 bits: from the year 2106 on no auction starts any more.
-        if (closing + _softCloseMax * _softCloseSeconds > Words.TIME_MAX) revert ClockExhausted();
+    }
+
+    function _connectBy(AuctionWord a) private view returns (uint256) {
+        unchecked {
+            return a.closingTime() + _rules.connectWindowSeconds();
+        }
     }
 
     function _bid(address provider, address consumer, uint64 auctionNonce_, uint128 rate) private {
         _requireActive();
-        _requireEV(provider);
         if (provider == consumer) revert SelfDeal();
         AuctionWord a = _liveAuction(consumer);
         uint256 closing = a.closingTime();
         if (a.auctionNonce() != auctionNonce_) revert StaleAuction(uint64(a.auctionNonce()));
         if (block.timestamp >= closing) revert AuctionClosed(uint64(closing));
-        uint256 rateMax = _rateMax(a);
+        uint256 rateMax = a.rateMax();
         if (rate == 0) revert RateOutOfRange(rateMax);
         if (rate > rateMax) revert BidTooHigh(rateMax);
 
         _releaseBond(a); // first, so that a leading provider can pay a lower bid with its own bond
-        uint256 index = _lock(provider, _bondOf(_costCeil(rate, a.energyWh())));
+        (, uint256 bond) = _locked(rate, a.energyWh());
+        uint256 index = _lock(provider, bond);
         uint256 softCloses = a.softCloses();
-        if (block.timestamp + _softCloseSeconds > closing && softCloses < _softCloseMax) {
-            closing = block.timestamp + _softCloseSeconds;
-            ++softCloses;
+        unchecked {
+            uint256 softClosing = block.timestamp + _rules.softCloseSeconds();
+            if (softClosing > closing && softCloses < _rules.softCloseMax()) {
+                closing = softClosing;
+                ++softCloses;
+            }
         }
         _auctions[consumer] = a.withBid(rate, index, closing, softCloses, msg.sender != provider);
         emit BidPlaced(consumer, auctionNonce_, provider, rate, uint64(closing));
     }
 
-    /// @dev The first bid may equal the start rate; a later one must be lower by max(1, 1 %).
-    function _rateMax(AuctionWord a) private pure returns (uint256 rate) {
-        rate = a.rate();
-        if (rate == 0) return a.startRate();
-        return rate < 100 ? rate - 1 : rate - rate / 100;
-    }
-
     /// @dev Give the leading bidder, if there is one, its bond back.
     function _releaseBond(AuctionWord a) private {
         if (a.rate() == 0) return;
-        uint256 bond = _bondOf(_costCeil(a.rate(), a.energyWh()));
-        _creditProvider(_evAt[a.bidder()], bond, bond, a.operatorBond());
+        (, uint256 bond) = _locked(a.rate(), a.energyWh());
+        _credit(_evAt[a.bidder()], Words.released(bond, a.operatorBond()));
     }
 
     /// @dev Free the auction; everything locked in it goes back to where it came from.
     function _refund(address consumer, AuctionWord a) private {
         _auctions[consumer] = a.freed();
         _releaseBond(a);
-        _credit(consumer, _costCeil(a.startRate(), a.energyWh()));
+        (uint256 cost,) = _locked(a.startRate(), a.energyWh());
+        _credit(consumer, cost);
     }
 
     // --------------------------------------------------------- inside: session
 
     function _emitSessionOpened(SessionWord s, bytes32 token, address provider, uint256 validity) private {
-        uint256 cost = _costCeil(s.rate(), s.energyWh());
+        (uint256 cost, uint256 bond) = _locked(s.rate(), s.energyWh());
         emit SessionOpened({
             sessionId: sessionIdOf(msg.sender, provider, uint64(s.auctionNonce())),
             token: token,
@@ -515,7 +496,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
             energyWh: uint64(s.energyWh()),
             rate: uint128(s.rate()),
             deposit: cost,
-            bond: _bondOf(cost),
+            bond: bond,
             issuedAt: uint64(block.timestamp),
             validity: uint64(validity)
         });
@@ -527,7 +508,10 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (raised) s = s.withClaim(deliveredWh);
         if (s.claimedWh() == s.energyWh()) return _settle(token, s, consumer, provider);
         if (!s.closing()) {
-            uint256 closeAt = block.timestamp + _challengeSeconds;
+            uint256 closeAt;
+            unchecked {
+                closeAt = block.timestamp + _rules.challengeSeconds();
+            }
             s = s.withClosing(closeAt < s.settleAt() ? closeAt : s.settleAt()); // never later than validity + grace
         } else if (!raised) {
             return;
@@ -539,11 +523,13 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     /// @dev Pays what is claimed, once: the word is cleared first, and a token can never open again.
     function _settle(bytes32 token, SessionWord s, address consumer, address provider) private {
         _sessions[token] = SessionWord.wrap(0);
-        uint256 cost = _costCeil(s.rate(), s.energyWh());
-        uint256 fee = _costFloor(s.rate(), s.claimedWh());
-        uint256 bond = _bondOf(cost);
-        _creditProvider(provider, fee + bond, bond, s.operatorBond());
-        _credit(consumer, cost - fee);
+        (uint256 cost, uint256 bond) = _locked(s.rate(), s.energyWh());
+        uint256 fee;
+        unchecked {
+            fee = (s.rate() * s.claimedWh()) / WH_PER_KWH; // what is paid is rounded down
+            _credit(provider, fee + Words.released(bond, s.operatorBond()));
+            _credit(consumer, cost - fee); // fee <= cost: claimed <= ordered
+        }
         emit ConnectionEnded(token, consumer, provider, uint64(s.claimedWh()), fee);
     }
 
@@ -587,38 +573,19 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     function _isSignedBy(address signer, bytes32 structHash, bytes calldata signature) private view returns (bool) {
         bytes32 digest = keccak256(abi.encodePacked("\x19\x01", domainSeparator(), structHash));
-        (address recovered, ECDSA.RecoverError fault,) = ECDSA.tryRecoverCalldata(digest, signature);
-        return fault == ECDSA.RecoverError.NoError && recovered == signer;
-    }
-
-    function _newDomainSeparator() private view returns (bytes32) {
-        return
-            keccak256(
-                abi.encode(DOMAIN_TYPEHASH, keccak256("V2VCharging"), keccak256("1"), block.chainid, address(this))
-            );
+        (address recovered,,) = ECDSA.tryRecoverCalldata(digest, signature); // 0 if it is not canonical; `signer` never is
+        return recovered == signer;
     }
 
     // ------------------------------------------------------ inside: arithmetic
     // Unchecked: rate < 2**64 and energy < 2**24 were enforced at the entrance, so nothing here passes 2**103.
 
-    /// @dev What is locked for `energyWh`.
-    function _costCeil(uint256 rate, uint256 energyWh) private pure returns (uint256) {
+    /// @dev What is locked for `energyWh` at `rate`: the consumer's cost, and the provider's share of it as its bond. Both
+    /// are rounded up.
+    function _locked(uint256 rate, uint256 energyWh) private view returns (uint256 cost, uint256 bond) {
         unchecked {
-            return (rate * energyWh + (WH_PER_KWH - 1)) / WH_PER_KWH;
-        }
-    }
-
-    /// @dev What is paid for `energyWh`.
-    function _costFloor(uint256 rate, uint256 energyWh) private pure returns (uint256) {
-        unchecked {
-            return (rate * energyWh) / WH_PER_KWH;
-        }
-    }
-
-    /// @dev The provider's bond: its share of the locked cost, rounded up.
-    function _bondOf(uint256 cost) private view returns (uint256) {
-        unchecked {
-            return (cost * _bondBps + (BPS - 1)) / BPS;
+            cost = (rate * energyWh + (WH_PER_KWH - 1)) / WH_PER_KWH;
+            bond = (cost * _rules.bondBps() + (BPS - 1)) / BPS;
         }
     }
 }

@@ -298,7 +298,7 @@ contract V2VChargingTest is MarketTest {
 
     function test_RevertWhen_NonceExhausted() public {
         bytes32 slot = keccak256(abi.encode(consumer, uint256(6))); // _auctions, as the artefact's storageLayout says
-        vm.store(address(market), slot, bytes32(uint256(type(uint24).max) << 160));
+        vm.store(address(market), slot, bytes32(uint256(type(uint24).max) << 64));
         assertEq(market.auctionNonce(consumer), type(uint24).max, "the slot is right");
         vm.expectRevert(IV2VCharging.NonceExhausted.selector);
         start();
@@ -398,7 +398,7 @@ contract V2VChargingTest is MarketTest {
         bytes32 token =
             keccak256(abi.encodePacked(consumer, provider, vm.getBlockTimestamp(), vm.getBlockTimestamp() + VALIDITY));
         // No sequence of calls leads here; the guard is tested by putting the word there.
-        vm.store(address(market), keccak256(abi.encode(token, uint256(7))), bytes32(uint256(1) << 176));
+        vm.store(address(market), keccak256(abi.encode(token, uint256(7))), bytes32(uint256(1) << 232));
         assertEq(market.sessions(token).energyWh, 1, "the slot is right");
         vm.expectRevert(abi.encodeWithSelector(IV2VCharging.TokenExists.selector, token));
         connect();
