@@ -317,6 +317,9 @@ class ProviderPolicyConfig(Section):
     battery_reserve_permille: int = Field(
         200, ge=0, le=1_000, description="Charge the owner keeps for driving"
     )
+    battery_budget_wh: int | None = Field(
+        None, ge=1, description="Most that one session takes, where no device shows the battery's charge"
+    )
 
     def max_unacked_wh_at(self, power_w: int) -> int:
         """The credit at `power_w`: as configured, else max(50 Wh, power x 15 s) (PROTOCOL section 5)."""

@@ -81,18 +81,22 @@ class _Port:
 
 
 async def run(config: AgentConfig, environ: Mapping[str, str] = os.environ) -> None:
-    """Run the agent until SIGTERM or SIGINT. Raises `AgentError` when it cannot start or must not go on."""
-    stop = asyncio.Event()
+    """Run the agent until SIGTERM or SIGINT; SIGUSR1 ends every session, by the owner's wish, and the agent goes on.
+
+    Raises `AgentError` when it cannot start or must not go on.
+    """
+    stop, owner_stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: owner_stop}
+    for number, event in signals.items():
+        loop.add_signal_handler(number, event.set)
     try:
         async with AsyncExitStack() as stack:
-            await _start(config, environ, stack, stop)
+            await _start(config, environ, stack, stop, owner_stop)
     except* AgentError as group:
         raise _first_of(group) from group
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             loop.remove_signal_handler(number)
 
 
@@ -110,7 +114,11 @@ def _first_of(group: BaseExceptionGroup[AgentError]) -> AgentError:
 
 
 async def _start(
-    config: AgentConfig, environ: Mapping[str, str], stack: AsyncExitStack, stop: asyncio.Event
+    config: AgentConfig,
+    environ: Mapping[str, str],
+    stack: AsyncExitStack,
+    stop: asyncio.Event,
+    owner_stop: asyncio.Event | None = None,
 ) -> None:
     domain = Domain(config.chain.chain_id, Address(config.chain.contract))
     provider = Address(config.chain.provider)
@@ -127,14 +135,16 @@ async def _start(
     door = Door(engine, domain, provider, signer, tuple(p.config.name for p in ports), os.urandom)
     runners = _runners(config, environ, engine, door, node, signer, meter_signer, ports)
     log.info("agent.started", provider=short(provider), ports=[p.config.name for p in ports])
-    await _run_until(stop, engine, runners)
+    await _run_until(stop, engine, runners, owner_stop or asyncio.Event())
     log.info("agent.stopping")
 
 
-async def _run_until(stop: asyncio.Event, engine: Engine, runners: Sequence[_Runner]) -> None:
+async def _run_until(
+    stop: asyncio.Event, engine: Engine, runners: Sequence[_Runner], owner_stop: asyncio.Event
+) -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(runner.run(), name=type(runner).__name__) for runner in runners]
-        tasks.append(group.create_task(_engine_beat(engine), name="engine"))
+        tasks.append(group.create_task(_engine_beat(engine, owner_stop), name="engine"))
         await stop.wait()
         await _cancelled(tasks)
 
@@ -154,7 +164,7 @@ class _Runner(Protocol):
         """Until cancelled."""
 
 
-async def _engine_beat(engine: Engine) -> None:
+async def _engine_beat(engine: Engine, owner_stop: asyncio.Event) -> None:
     """Time makes events due too. After a sleep every age we know is too young: start anew, charger first."""
     slept_s = _slept_s()
     while True:
@@ -163,6 +173,9 @@ async def _engine_beat(engine: Engine) -> None:
                 "the computer slept; what it knew of chain and charger is stale", remedy="starting anew"
             )
         engine.observe(Beat())
+        if owner_stop.is_set():
+            owner_stop.clear()
+            log.warning("owner.stopped", sessions=engine.stop_by_owner())
         engine.compact_when_idle()
         await asyncio.sleep(ENGINE_BEAT_S)
 
@@ -268,6 +281,7 @@ def _policy(config: AgentConfig, grace_s: int) -> Policy:
         stop_deadline_s=wanted.stop_deadline_s,
         grace_s=grace_s,
         soc_permille_reserve=wanted.battery_reserve_permille,
+        battery_budget_wh=wanted.battery_budget_wh,
     )
 
 

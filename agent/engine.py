@@ -16,8 +16,9 @@ from dataclasses import replace
 from agent.core import book as rules
 from agent.core.book import Book
 from agent.core.effects import Deliver, Effect
-from agent.core.events import DeliveryBegan, Event
-from agent.core.live import Live, Policy, PortRead, Update, observe, offered
+from agent.core.events import DeliveryBegan, Event, StopDecided, StopReason
+from agent.core.live import Beat, Live, Policy, PortRead, Update, observe, offered
+from agent.core.session import STOPPABLE
 from agent.journal import Journal
 
 DUE_MAX = 256  # one update makes at most a few events due per session; more means two rules disagree for ever
@@ -81,6 +82,14 @@ class Engine:
         self.beat_at_ms = self.live.now_ms
         if before.ports != self.live.ports or before.header != self.live.header:
             self._wake()
+
+    def stop_by_owner(self) -> int:
+        """The owner wants to sell no more now: every session that is not ending yet ends, in every port. How many did."""
+        running = [one for one in self.book.open_sessions() if one.stage in STOPPABLE]
+        for one in running:
+            self.accept(StopDecided(self.at_s, one.session_id, StopReason.LOCAL, "the owner said stop"))
+        self.observe(Beat())
+        return len(running)
 
     def compact_when_idle(self) -> bool:
         """Fold long closed sessions out of book and live journal, if nothing is open and there is enough to fold. Whether it did.

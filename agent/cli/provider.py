@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -79,6 +80,65 @@ def make_safe(config_file: Path) -> None:
     from agent.cli.make_safe import make_all_safe
 
     asyncio.run(make_all_safe(config_file, os.environ))
+
+
+@provider.command()
+@CONFIG
+@json_option
+def stop(config_file: Path, *, as_json: bool) -> None:
+    """End every session now, by the owner's wish.
+
+    The agent goes on running: it holds the charger, waits for the last receipt and settles. Under systemd, as another
+    user: systemctl kill -s SIGUSR1 v2v-agent.
+    """
+    from agent.rows import owner_pid
+
+    path = load_agent(config_file, os.environ).journal.path
+    pid = owner_pid(path)
+    if pid is None:
+        raise Refused(
+            "not_running",
+            "no agent runs on this journal, so nothing is delivered",
+            remedy="If a charger still gives power: v2v provider make-safe.",
+        )
+    try:
+        os.kill(pid, signal.SIGUSR1)
+    except PermissionError as error:
+        raise Refused(
+            "not_yours",
+            f"the agent (process {pid}) runs as another user",
+            remedy="systemctl kill -s SIGUSR1 v2v-agent, or sudo.",
+        ) from error
+    echo({"pid": pid}, f"Told the agent (process {pid}) to end every session.", as_json=as_json)
+
+
+@provider.command()
+@CONFIG
+@click.argument("port")
+@json_option
+def unlock(config_file: Path, port: str, *, as_json: bool) -> None:
+    """Release a port that was locked out.
+
+    Only after somebody has looked at its contactor: it was not seen to open. The agent must be stopped.
+    """
+    from agent.core import events as ev
+    from agent.rows import owner_pid
+
+    settings = load_agent(config_file, os.environ)
+    if owner_pid(settings.journal.path) is not None:
+        raise Refused(
+            "running",
+            "the agent is running",
+            remedy="Stop it first (systemctl stop v2v-agent): whoever touches a contactor wants nothing to happen.",
+        )
+    with _journal(settings, read_only=False) as journal:
+        book = journal.replay()
+        why = book.locked_ports.get(port)
+        if why is None:
+            names = ", ".join(book.locked_ports) or "none"
+            raise Refused("not_locked", f"port {port!r} is not locked out; locked: {names}")
+        journal.append(ev.PortUnlocked(book.at_s, port))
+    echo({"port": port, "was": why}, f"Port {port} may deliver again. It was locked: {why}.", as_json=as_json)
 
 
 # ---- auctions and bids
@@ -380,8 +440,8 @@ def _exported(journal: Journal, wanted: str | None, folder: Path) -> list[dict[s
     return rows
 
 
-def _journal(settings: AgentConfig) -> closing[Journal]:
-    """The journal as it is on the disk, for reading. Raises Refused when there is none yet."""
+def _journal(settings: AgentConfig, *, read_only: bool = True) -> closing[Journal]:
+    """The journal as it is on the disk. Raises Refused when there is none yet."""
     from agent.core.token import Domain
     from agent.journal import Journal
 
@@ -393,7 +453,7 @@ def _journal(settings: AgentConfig) -> closing[Journal]:
             remedy="The agent makes it when it first runs: v2v provider run; or correct [journal] path.",
         )
     domain = Domain(settings.chain.chain_id, Address(settings.chain.contract))
-    return closing(Journal(path, domain, Address(settings.chain.provider), read_only=True))
+    return closing(Journal(path, domain, Address(settings.chain.provider), read_only=read_only))
 
 
 def _journaled_sessions(settings: AgentConfig) -> list[dict[str, Any]]:

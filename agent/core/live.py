@@ -13,6 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from agent.core.units import BlockHash
 
+SOC_JITTER_PERMILLE = 30  # two samples this near are one truth; a glitch (0 %, 1 %, 100 %) stands alone
+SOC_SAMPLE_GAP_MS = 1_500  # a device is asked for it once a second: nearer readings repeat the same sample
+SOC_AGE_MS_MAX = 60_000  # no two samples agreed for so long: then the charge is not known
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -30,6 +34,9 @@ class Policy:
     reading_age_ms_max: int = 2_000  # older than this is no reading
     grace_s: int = 72 * 3600  # the contract's grace: when an orphan may be forgotten
     soc_permille_reserve: int = 0  # the provider's own way home
+    battery_budget_wh: int | None = (
+        None  # most that a session may take from a battery whose charge nobody shows
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class PortLive:
     offered: bool = (
         False  # power was offered when this was read: seen open or not, it proves no rest (rule 1)
     )
+    soc_sample: tuple[int, int] | None = None  # (at_ms, permille) of the newest sample that was looked at
+    soc_agreed: tuple[int, int] | None = None  # the newest one that the sample before it agreed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,13 @@ class Live:
             return None
         return reading.register_mwh
 
+    def soc_permille(self, port: str) -> int | None:
+        """The battery's charge as two samples agreed on it; None where nobody shows it, or they disagree for too long."""
+        agreed = self.ports[port].soc_agreed if port in self.ports else None
+        if agreed is None or self.now_ms - agreed[0] > SOC_AGE_MS_MAX:
+            return None
+        return agreed[1]
+
     def held_ms(self, port: str) -> int:
         """For how long this port has been told to stop without being seen open."""
         return self.ports[port].held_ms if port in self.ports else 0
@@ -175,7 +191,15 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
         case PortRead(port=port, reading=reading):
             before = live.ports.get(port, PortLive())
             previous = None if before.offered or update.offered else before.reading
-            now = PortLive(reading, previous, update.armed, update.at_target, update.held_ms, update.offered)
+            now = PortLive(
+                reading,
+                previous,
+                update.armed,
+                update.at_target,
+                update.held_ms,
+                update.offered,
+                *_soc(before, reading),
+            )
             return replace(live, ports={**live.ports, port: now})
         case PortLost(port=port):
             before = live.ports.get(port, PortLive())
@@ -188,6 +212,16 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
             return replace(live, header=header)
         case Beat():
             return live
+
+
+def _soc(before: PortLive, reading: PortReading) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """(newest sample, newest agreed one) after this reading."""
+    last = before.soc_sample
+    if reading.soc_permille is None or (last is not None and reading.at_ms - last[0] < SOC_SAMPLE_GAP_MS):
+        return last, before.soc_agreed
+    sample = (reading.at_ms, reading.soc_permille)
+    agrees = last is not None and abs(sample[1] - last[1]) <= SOC_JITTER_PERMILLE
+    return sample, sample if agrees else before.soc_agreed
 
 
 def offered(live: Live, port: str) -> Live:

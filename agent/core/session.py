@@ -47,6 +47,7 @@ class Stage(StrEnum):
 S = Stage
 CLOSED = frozenset({S.SETTLED, S.LAPSED, S.STRANDED})
 HOLDS_PORT = frozenset({S.AUTHORISED, S.DELIVERING, S.PAUSED, S.STOPPING})
+STOPPABLE = frozenset({S.MATCHED, S.AUTHORISED, S.DELIVERING, S.PAUSED})  # a stop is news to them
 
 # stage -> event -> stages it may lead to. What is not listed changes nothing.
 TABLE: dict[Stage, dict[type[Event], frozenset[Stage]]] = {
@@ -277,7 +278,7 @@ def hindrance(session: Session, live: Live) -> Hindrance | None:
         return Hindrance.FAULT
     if reading.pilot_state not in ("B", "C", "D"):
         return Hindrance.NO_PLUG
-    if reading.soc_permille is not None and reading.soc_permille <= policy.soc_permille_reserve:
+    if _reserve(session, live, port, reading) is not False:
         return Hindrance.RESERVE
     if live.view_age_s is None or live.view_age_s > policy.max_view_age_s:
         return Hindrance.VIEW_STALE
@@ -293,6 +294,16 @@ def hindrance(session: Session, live: Live) -> Hindrance | None:
     if not session.final and delivered_wh >= policy.max_unfinal_wh:
         return Hindrance.UNFINAL_CAP
     return None
+
+
+def _reserve(session: Session, live: Live, port: str, reading: PortReading) -> bool | None:
+    """Is the owner's reserve reached? None: the battery's charge is shown, but no two samples agree on it yet."""
+    soc_permille, policy = live.soc_permille(port), live.policy
+    if soc_permille is not None:
+        return soc_permille <= policy.soc_permille_reserve
+    if reading.soc_permille is not None:
+        return None
+    return policy.battery_budget_wh is not None and session.energy_wh(reading) >= policy.battery_budget_wh
 
 
 def due(session: Session, live: Live, *, port_free: bool) -> Event | None:
@@ -436,7 +447,7 @@ def _stop_by_charger(session: Session, live: Live) -> Event | None:
         return _stop(session, live, StopReason.OTHER, reading.fault or f"pilot state {reading.pilot_state}")
     if reading.pilot_state == "A":
         return _stop(session, live, StopReason.EV_DISCONNECTED, "the cable was unplugged")
-    if reading.soc_permille is not None and reading.soc_permille <= live.policy.soc_permille_reserve:
+    if _reserve(session, live, session.port, reading):
         return _stop(session, live, StopReason.SOC_LIMIT_REACHED, "the provider's battery is at its reserve")
     return None
 

@@ -1,10 +1,13 @@
 """The composition root: what it refuses, in which order it starts and stops. Whole evenings are tests/e2e's."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
+from town import v2v
 
 from agent import daemon
 from agent.chain.node import Web3Node
@@ -127,3 +130,30 @@ async def test_a_task_that_swallows_one_cancellation_is_told_again() -> None:
     async with asyncio.timeout(5):
         await daemon._cancelled([task])
     assert task.done()
+
+
+async def test_the_owners_stop_is_heard_by_a_running_agent_and_does_not_end_it(tmp_path: Path) -> None:
+    """Would catch `v2v provider stop` killing the daemon (SIGUSR1's default) in the middle of a session it must settle."""
+    async with (
+        Devnet(accounts=setup.labels(("alice",), "carol")) as net,
+        Simulator(SimulatorConfig(tcp="127.0.0.1:0")) as simulator,
+    ):
+        file = await stage(tmp_path, net, simulator)
+        config = load_agent(file, {})
+        task = asyncio.create_task(daemon.run(config, {}))
+        async with asyncio.timeout(30):
+            while not simulator.truth().failsafe_armed:
+                await asyncio.wait({task}, timeout=0.05)
+                assert not task.done(), task.exception()
+            with structlog.testing.capture_logs() as logs:
+                said = await asyncio.to_thread(v2v, "provider", "stop", "--config", str(file), "--json")
+                assert said.json["pid"] == os.getpid()
+                while not any(entry["event"] == "owner.stopped" for entry in logs):
+                    await asyncio.wait({task}, timeout=0.05)
+                    assert not task.done(), task.exception()
+            said = await asyncio.to_thread(v2v, "provider", "unlock", "left", "--config", str(file))
+            assert (said.exit_code, "running" in said.err) == (3, True)
+            task.cancel()
+            await asyncio.wait({task})
+        said = await asyncio.to_thread(v2v, "provider", "stop", "--config", str(file))
+        assert (said.exit_code, "not_running" in said.err) == (3, True)

@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from story import PORT, TERMS, ListJournal, Story, believed, delivering, head, matched, presentation, seen
+from story import PORT, TERMS, ListJournal, Story, at, believed, delivering, head, matched, presentation, seen
 
 from agent import engine as room
 from agent.core import events as ev
 from agent.core.effects import Deliver, Hold
 from agent.core.live import Beat, PortLost
-from agent.core.session import Stage
+from agent.core.session import STOPPABLE, Stage
 
 
 def test_what_cannot_be_written_did_not_happen():
@@ -165,3 +165,19 @@ def test_the_journal_is_folded_only_when_idle_and_only_when_it_is_worth_it():
     journal.row_count += 1
     assert story.engine.compact_when_idle()
     assert journal.folds == 2
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_the_owners_stop_ends_whatever_runs_and_nothing_else(stage):
+    """Would catch a stop button that leaves power on, that overwrites why a session ended, or that wakes a closed one."""
+    story = at(stage)
+    before = story.session
+    stopped = story.engine.stop_by_owner()
+    assert not story.passes(2).delivering
+    if stage in STOPPABLE:
+        assert stopped == 1
+        assert story.session.stop_reason is ev.StopReason.LOCAL
+        assert story.passes(30).stage is Stage.SETTLING
+    else:
+        assert stopped == 0
+        assert story.session.stop_reason is before.stop_reason

@@ -335,3 +335,32 @@ def test_one_session_is_exported_by_what_the_list_shows_of_it(tmp_path):
         said = v2v(*words, "--session", unknown)
         assert (said.exit_code, "unknown_session" in said.err) == (3, True)
     assert v2v(*words).exit_code == 2
+
+
+# ---- stop and unlock
+
+
+def test_a_locked_port_is_released_by_a_human_and_by_nobody_else(tmp_path):
+    """Would catch a lock-out that a restart forgets, and one that can be lifted for a port that has none."""
+    story = at(Stage.STOPPING)
+    story.outlet.welded = story.outlet.closed = True
+    journal_of(story.passes(60), tmp_path).close()
+    words = ("provider", "unlock", "--config", settings(tmp_path))
+    said = v2v(*words, "right")
+    assert (said.exit_code, "not_locked" in said.err, "left" in said.err) == (3, True, True)
+    said = v2v(*words, "left", "--json")
+    assert "not seen open" in said.json["was"]
+    journal = Journal(tmp_path / "journal.sqlite", DOMAIN, PROVIDER.address)
+    assert journal.replay().locked_ports == {}
+    said = v2v(*words, "left")
+    assert (said.exit_code, "running" in said.err) == (3, True), "while an agent has the journal"
+    journal.close()
+    assert v2v(*words, "left").exit_code == 3
+
+
+def test_a_stop_without_an_agent_says_what_to_do_instead(tmp_path):
+    """Would catch a signal to whatever process has the number of a dead agent."""
+    journal_of(at(Stage.DELIVERING), tmp_path).close()
+    said = v2v("provider", "stop", "--config", settings(tmp_path))
+    assert said.exit_code == 3
+    assert "make-safe" in said.err

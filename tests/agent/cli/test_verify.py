@@ -30,7 +30,7 @@ def test_an_honest_file_is_proven_check_by_check(file):
 
 def test_a_changed_file_names_what_is_wrong_and_ends_with_3(file):
     """Would catch a forged bill that a script takes for a good one."""
-    file.write_text(file.read_text().replace('"energy_wh_acked": 20', '"energy_wh_acked": 21', 1))
+    file.write_text(file.read_text().replace('"sref": "phone"', '"sref": "phonf"', 1))
     said = v2v("verify", str(file), "--json")
     assert said.exit_code == 3
     (told,) = json.loads(said.out)["files"]

@@ -189,6 +189,49 @@ def test_ports_are_independent():
     assert isinstance(story.on_port("right"), Deliver)
 
 
+def test_two_cars_charge_at_once_and_both_are_settled():
+    """One session per port, two ports per vehicle: would catch energy, receipts or records of one that land in the other's."""
+    story = (
+        Story(policy=TWO_PORTS, signing=True)
+        >> head()
+        >> seen()
+        >> believed()
+        >> seen(OTHER)
+        >> believed(OTHER)
+    )
+    story.outlets["right"].power_w = 3_600
+    story = story >> passes(2) >> presents()
+    story = (
+        story.passes(20)
+        >> records()
+        >> presents(OTHER, presentation(OTHER, consumer=OTHER_CONSUMER, port="right"))
+    )
+    story = story.passes(30) >> records()
+    left, right = (story.book.sessions[terms.session_id] for terms in (TERMS, OTHER))
+    assert (left.stage, right.stage) == (Stage.DELIVERING, Stage.DELIVERING)
+    assert left.energy_wh_acked > 90
+    assert 25 <= right.energy_wh_acked <= 32
+    assert len({one.record_begin for one in (left, right)}) == 2, "one running number for both ports"
+    for terms in (TERMS, OTHER):
+        story = story >> ev.StopDecided(story.at_s, terms.session_id, ev.StopReason.REMOTE, "asked")
+    story.passes(25)
+    _ = story >> records() >> records()
+    left, right = (story.book.sessions[terms.session_id] for terms in (TERMS, OTHER))
+    assert {left.stage, right.stage} == {Stage.SETTLING}
+    for one in (left, right):
+        assert (
+            one.energy_wh_delivered
+            == one.energy_wh_acked
+            == (one.register_mwh_end - one.register_mwh_begin) // 1000
+        )
+    signs = story.owed_of(SignSettlement)
+    assert {sign.token: sign.energy_wh for sign in signs} == {
+        TERMS.token: left.energy_wh_acked,
+        OTHER.token: right.energy_wh_acked,
+    }
+    assert story.journal.replay() == story.book
+
+
 @pytest.mark.parametrize("stage", list(Stage))
 def test_exactly_one_deliver_or_hold_per_configured_port(stage):
     """None would leave the runner with its last order; two would be an argument about high voltage."""

@@ -124,3 +124,47 @@ def test_a_wait_is_never_longer_than_this_life(jump_s, lived_s):
     live = replace(EMPTY, now_ms=EMPTY.now_ms + lived_s * 1000)
     live = observe(live, header(7, T0 + jump_s), live.now_ms)
     assert live.waited_s(T0) == min(jump_s, lived_s)
+
+
+def soc(*samples, every_ms=2_000):
+    """What is believed after these samples of the battery's charge."""
+    live = EMPTY
+    for sample in samples:
+        at_ms = live.now_ms + every_ms
+        reading = replace(Outlet(soc_permille=sample).reading(at_ms))
+        live = observe(live, PortRead(PORT, reading, armed=True), at_ms)
+    return live
+
+
+@pytest.mark.parametrize(
+    ("samples", "believed"),
+    [
+        ((800,), None),
+        ((800, 810), 810),
+        ((800, 810, 0), 810),
+        ((800, 810, 0, 805), 810),
+        ((800, 810, 0, 805, 800), 800),
+        ((0, 800), None),
+        ((800, 800, None, None), 800),
+        ((800, 600, 400), None),
+        ((800, 800, 0, 0), 0),
+    ],
+)
+def test_a_charge_is_believed_when_two_samples_agree(samples, believed):
+    """Would catch a glitch that is believed, and a battery that really is empty and is not."""
+    assert soc(*samples).soc_permille(PORT) == believed
+
+
+def test_one_sample_read_twice_is_one_sample():
+    """Would catch a glitch that agrees with itself, because the device is asked less often than the port is polled."""
+    assert soc(0, 0, every_ms=700).soc_permille(PORT) is None
+    assert soc(0, 0, 0, 0, every_ms=700).soc_permille(PORT) == 0
+
+
+def test_a_charge_that_nobody_confirms_for_a_minute_is_not_known_any_more():
+    """Would catch an hour's delivery on one lucky look."""
+    live = soc(800, 800)
+    assert observe(live, Beat(), live.now_ms + 60_000).soc_permille(PORT) == 800
+    assert observe(live, Beat(), live.now_ms + 60_001).soc_permille(PORT) is None
+    assert observe(live, PortLost(PORT), live.now_ms + 10).soc_permille(PORT) == 800
+    assert EMPTY.soc_permille(PORT) is None

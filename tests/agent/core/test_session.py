@@ -336,7 +336,7 @@ def test_rule_2_each_fault_of_the_charger_hinders_alone(why):
     story = authorised(policy=Policy(max_unacked_wh={PORT: 50}, soc_permille_reserve=200))
     story.outlet.armed = True
     HINDRANCES[why](story)
-    story.passes(2)
+    story.passes(4)
     assert hindrance(story.session, story.live) is why
     assert not story.delivering
 
@@ -902,7 +902,55 @@ def test_the_charger_stops_a_session_for_good_with_an_ocpp_reason(stage, what, v
     story = at(stage)
     setattr(story.outlet, what, value)
     story.passes(1)
+    if what == "soc_permille":
+        assert story.session.stop_reason is None, "one sample may be a glitch"
+        story.passes(3)
     assert story.session.stop_reason is reason
+
+
+RESERVED = Policy(max_unacked_wh={PORT: 50}, soc_permille_reserve=200)
+
+
+@pytest.mark.parametrize("glitch", [0, 10, 1_000])
+def test_rule_2_one_odd_sample_of_the_battery_neither_stops_nor_allows_anything(glitch):
+    """Some inverters say 0 %, 1 % or 100 % for a moment: that must not end a paid session, nor sell the owner's way home."""
+    story = matched(policy=RESERVED)
+    story.outlet.soc_permille = 800
+    story = story.passes(4) >> presents() >> records()
+    assert story.delivering
+    story.outlet.soc_permille = glitch
+    story.passes(1)
+    story.outlet.soc_permille = 800
+    story.passes(5)
+    assert story.delivering
+    low = matched(policy=RESERVED)
+    low.outlet.soc_permille = 150
+    low = low.passes(4) >> presents()
+    low.outlet.soc_permille = glitch
+    low.passes(1)
+    low.outlet.soc_permille = 150
+    assert not low.passes(5).delivering
+    assert hindrance(low.session, low.live) is Hindrance.RESERVE
+
+
+def test_rule_2_a_battery_that_never_says_the_same_twice_gives_no_power():
+    """A charge that nobody knows is no reason to believe the best."""
+    story = matched(policy=RESERVED) >> presents()
+    for soc_permille in (900, 300) * 5:
+        story.outlet.soc_permille = soc_permille
+        story.passes(2)
+        assert not story.delivering
+    assert hindrance(story.session, story.live) is Hindrance.RESERVE
+
+
+def test_rule_2_without_a_battery_to_look_at_the_owners_budget_is_the_reserve():
+    """A plain charger shows no charge: then a fixed amount is what the owner will part with."""
+    story = delivering(policy=Policy(max_unacked_wh={PORT: 50}, battery_budget_wh=30), signing=True).passes(
+        40
+    )
+    assert story.session.stop_reason is StopReason.SOC_LIMIT_REACHED
+    assert story.stage is S.SETTLING
+    assert 30 <= story.session.energy_wh_delivered <= 34
 
 
 def test_the_last_receipt_is_waited_for_and_not_longer():
