@@ -3,6 +3,7 @@
 Only who proves who they are is different here: passwords in place of certificates.
 """
 
+import asyncio
 import os
 import re
 import shutil
@@ -61,8 +62,14 @@ class Eavesdropper:
     def __init__(self, port, lies):
         self.heard, self._port, self._lies = set(), port, lies
 
+    async def go(self):
+        """Stop listening, and leave politely."""
+        self._listening.cancel()
+        await asyncio.gather(self._listening, return_exceptions=True)
+
     async def listen(self):
-        """Until cancelled."""
+        """Until `go`."""
+        self._listening = asyncio.current_task()
         login = {"username": MALLORY, "password": PASSWORD}
         async with aiomqtt.Client("127.0.0.1", self._port, **login) as client:
             for everything in ("#", "v2v/#", "v2v/1/+/in/+", "v2v/1/+/out/+", "v2v/1/+/hello/+"):
@@ -83,7 +90,7 @@ def test_an_evening_that_strangers_can_neither_hear_nor_disturb(tmp_path):
             broker.heard("mosquitto version .* running")
             lies = (f"v2v/1/{alice}/hello/forged", f"v2v/1/{alice}/out/{CAROL}", f"v2v/1/{alice}/in/{CAROL}")
             stranger = Eavesdropper(port, lies)
-            listening = stage.begin(stranger.listen())
+            stage.begin(stranger.listen())
             password = written(tmp_path / "broker.password", PASSWORD)
             charger = stage.charger()
             login = {"MQTT__USERNAME": alice, "MQTT__PASSWORD_CREDENTIAL": password, "HTTP__ENABLED": "false"}
@@ -96,7 +103,7 @@ def test_an_evening_that_strangers_can_neither_hear_nor_disturb(tmp_path):
             assert 20_000 <= charger.truth["delivered_mwh"] < 21_000
             eventually(lambda: stranger.heard, 5, "the stranger hears that there is a car")
             assert agent.stop() == 0
-            listening.cancel()
+            stage.do(stranger.go())
             denied = set(re.findall(r"Denied PUBLISH from \S+ \(.*?'(\S+?)'", broker.said))
             assert denied == set(lies)  # and nothing that the two sides said
         assert {topic.split("/")[3] for topic in stranger.heard} == {"hello", "online"}
