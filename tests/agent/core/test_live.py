@@ -74,6 +74,9 @@ def test_rest_is_two_readings_open_at_the_same_register():
     assert told(read(51_000), read(52_000)).rest_register_mwh(PORT) == REGISTER
     assert told(read(51_000), read(52_000, register_mwh=REGISTER + 1)).rest_register_mwh(PORT) is None
     assert told(read(51_000, closed=True), read(52_000)).rest_register_mwh(PORT) is None
+    assert told(read(51_000, closed=True), read(52_000, closed=True)).rest_register_mwh(PORT) is None, (
+        "0 W, but closed"
+    )
     assert told(read(51_000), read(52_000, register_mwh=None)).rest_register_mwh(PORT) is None
 
 

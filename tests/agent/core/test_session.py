@@ -644,7 +644,8 @@ def test_rule_6_paid_in_full_is_settled():
 
 def test_rule_6_paid_less_than_acknowledged_is_stranded_and_says_so():
     """Somebody ended the connection under the receipts that we hold: a human must hear of it."""
-    story = at(S.STRANDED)
+    story = at(S.SETTLING) >> settles() >> ended(3) >> ended_believed()
+    assert story.stage is S.STRANDED
     assert story.session.ended.energy_wh_settled == 3
     assert story.session.energy_wh_acked == 8
 
@@ -871,9 +872,11 @@ def test_rule_10_a_no_show_ends_with_0_wh_a_minute_before_the_token_does():
 
 def test_rule_10_without_a_header_nobody_is_declared_late():
     """Blind we know no time: ending a session for good on a guess would be a loss nobody can undo."""
-    story = matched().restarts(after_s=8 * 3600)
+    story = matched().restarts().leaps(8 * 3600)
     _ = story >> Beat()
+    assert story.live.at_s > TERMS.valid_until_s
     assert story.stage is S.MATCHED
+    assert (story >> head() >> Beat()).stage is S.SETTLING
 
 
 def test_rule_10_the_end_of_validity_stops_a_delivery():
