@@ -29,6 +29,7 @@ from firmware_bridge.charger import BridgeError, Charger, Reading
 from firmware_bridge.stopping import Plan, StopModel, StopPlanner
 
 RECONNECT_S = (0.2, 2.0)  # first and longest wait after a wire error: short, because power may be flowing
+BLIND_STOP_S = 6.0  # every stop is tried twice by then; a longer turn would look like a hang to systemd
 NO_PLAN = Plan(current_ma=0, stop_at_ms=None, reached=False)
 LATE_BEATS_MAX = 3  # a beat this late starts a new schedule instead of hurrying after the old one
 
@@ -92,6 +93,7 @@ class ChargerRunner:
                 log.warning("charger.lost", port=self.port, error=str(error))
                 self._armed = self._offering = False
                 self._engine.observe(PortLost(self.port, self._unobeyed_ms()))
+                self.beat_at_ms = self._monotonic_ms()  # the stop below takes as long again
                 await self._stop_blind()
                 self.beat_at_ms = self._monotonic_ms()
                 await asyncio.sleep(wait_s)
@@ -183,9 +185,10 @@ class ChargerRunner:
         effect = self._owed()
         firmness = effect.firmness if isinstance(effect, Hold) else Firmness.HOLD
         try:
-            await self._stop(firmness)
-        except BridgeError as error:
-            log.warning("charger.hold_unconfirmed", port=self.port, error=str(error))
+            async with asyncio.timeout(BLIND_STOP_S):
+                await self._stop(firmness)
+        except (BridgeError, TimeoutError) as error:
+            log.warning("charger.hold_unconfirmed", port=self.port, error=str(error) or "no answer in time")
             if firmness is Firmness.CUT_OFF:
                 await self._cut_off_blind()
 

@@ -14,8 +14,9 @@ from agent.core.record import MeterIdentity
 from agent.core.session import Session, Stage
 from agent.core.units import BlockHash
 from agent.engine import Engine
+from agent.runners import charger as charger_runner
 from agent.runners.charger import ChargerRunner
-from firmware_bridge.charger import Charger
+from firmware_bridge.charger import BridgeError, Charger
 from firmware_bridge.mapped_charger import ChargerConfig, open_charger
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 from firmware_bridge.stopping import StopModel
@@ -185,6 +186,26 @@ async def test_a_lost_wire_is_a_pause_not_an_end() -> None:
         await plug.becomes(lambda: not plug.engine.live.ports["left"].armed)
         assert plug.session.stage is Stage.DELIVERING
         assert not any(type(effect).__name__ == "Deliver" for effect in plug.engine.owed())
+
+
+async def test_a_wire_that_swallows_everything_does_not_look_like_a_hang(monkeypatch) -> None:
+    """Would catch a watchdog restart because a cable is out: on a slow bus, stopping what is silent outlasts a beat."""
+    beats_age_ms: list[int] = []
+
+    async def silent() -> None:
+        await asyncio.sleep(0.5)
+        raise BridgeError("timeout", "nobody answers")
+
+    async def unanswered() -> None:
+        beats_age_ms.append(plug.runner._monotonic_ms() - plug.runner.beat_at_ms)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(charger_runner, "BLIND_STOP_S", 0.3)
+    async with socket() as plug:
+        monkeypatch.setattr(plug.charger, "read", silent)
+        monkeypatch.setattr(plug.charger, "hold", unanswered)
+        await plug.becomes(lambda: len(beats_age_ms) >= 3)  # the stop ends, and is tried again
+    assert max(beats_age_ms) < 400  # the failed read was a beat already
 
 
 async def test_the_owners_reserve_is_not_sold() -> None:
