@@ -24,7 +24,6 @@ from agent.core.units import cost_wei_floor
 from agent.errors import Transient
 
 SEED = 20261122
-KILLS, KILLS_LONG = 20, 200
 KILLS_OF_A_SESSION = 8  # then it may finish in peace, so that a run has an end
 ORDER_WH = (8, 30)
 BORN_S, RUNNING_S = 2.0, 4.0  # how long a killed daemon lives: since its birth, or since it runs
@@ -36,8 +35,6 @@ FAILSAFE_MS_MAX = int(1000 * (FAILSAFE_S + TRUTH_EVERY_S)) + 250  # a quarter se
 COUNTER_STEP_MWH = 100  # the simulated meter counts tenths of a Wh
 OVERRUN_MWH_MAX = POWER_W_MAX * FAILSAFE_MS_MAX // 3600  # a kill just before the end of the order
 PATIENCE_S = 180  # for one purchase whose provider dies all the time
-
-pytestmark = pytest.mark.timeout(300)
 
 
 class Story:
@@ -142,12 +139,11 @@ def assert_no_resume_into_delivery(rows):
         assert (ev.DeliveryBegan, ev.DeliveryBegan) not in set(pairwise(kinds))
 
 
-def test_killed_at_random(tmp_path, request):
-    """Would catch an instant at which a crash loses a Wh, settles twice, leaves power on, or leaves a session that never ends."""
-    kills_wanted = KILLS_LONG if request.config.getoption("--long") else KILLS
+def killed_at_random(folder, seed, kills_wanted):
+    """One session after the other until so many daemons were killed; every check after every kill and every session."""
     began_s = time.monotonic()
-    with Stage(tmp_path, broker=False) as stage, ThreadPoolExecutor(1) as pool:
-        story = Story(stage, SEED)
+    with Stage(folder, broker=False) as stage, ThreadPoolExecutor(1) as pool:
+        story = Story(stage, seed)
         nonce = stage.nonce(stage.provider.operator)
         while story.kills < kills_wanted:
             energy_wh, before_mwh = story.chance.randint(*ORDER_WH), story.charger.truth["delivered_mwh"]
@@ -157,12 +153,24 @@ def test_killed_at_random(tmp_path, request):
             while of_session < KILLS_OF_A_SESSION and story.kills < kills_wanted and story.kill_once(buying):
                 of_session += 1
             story.assert_settled_exactly(buying.result(PATIENCE_S), energy_wh, before_mwh)
-        rows, sessions = story.agent.rows(), len(story.settled)
-        assert_no_resume_into_delivery(rows)
+        sessions = len(story.settled)
+        assert_no_resume_into_delivery(story.agent.rows())
         assert stage.nonce(stage.provider.operator) == nonce + sessions  # one transaction each, none reverted
         assert len(stage.logs(contract.ConnectionEnded)) == sessions
         assert story.agent.stop() == 0
     hit = ", ".join(f"{count} {where}" for where, count in story.where.most_common())
-    note(
-        f"{story.kills} kills in {sessions} sessions, {time.monotonic() - began_s:.0f} s, seed {SEED}: {hit}; nothing lost"
-    )
+    took_s = time.monotonic() - began_s
+    note(f"{story.kills} kills in {sessions} sessions, {took_s:.0f} s, seed {seed}: {hit}; nothing lost")
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random(tmp_path):
+    """Would catch an instant at which a crash loses a Wh, settles twice, leaves power on, or a session that never ends."""
+    killed_at_random(tmp_path, SEED, 20)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_killed_at_random_for_long(tmp_path):
+    """Would catch the instants that twenty kills do not hit."""
+    killed_at_random(tmp_path, SEED + 1, 200)
