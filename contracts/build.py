@@ -38,11 +38,15 @@ def compiler_settings() -> dict[str, Any]:
     }
 
 
-def compiled(sources: dict[str, str], settings: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+def compiled(
+    sources: dict[str, str], settings: dict[str, Any], outputs: list[str], *, warnings_too: bool = True
+) -> dict[str, Any]:
     """Compile `{path: text}`; imports are read from this folder and its node_modules. Returns the compiler's output.
 
-    Raises BuildError with the compiler's own words, or with the remedy when node or the packages are missing.
+    Raises BuildError with the compiler's own words (warnings too, unless told otherwise), or with the remedy when node
+    or the packages are missing.
     """
+    harmless = {"info"} if warnings_too else {"info", "warning"}
     request = {
         "language": "Solidity",
         "sources": {path: {"content": text} for path, text in sources.items()},
@@ -62,7 +66,9 @@ def compiled(sources: dict[str, str], settings: dict[str, Any], outputs: list[st
     if run.returncode != 0:
         raise BuildError(f"the compiler did not run; try `npm ci` in {HERE.name}/\n{run.stderr.strip()}")
     output: dict[str, Any] = json.loads(run.stdout)
-    faults = [fault["formattedMessage"] for fault in output.get("errors", []) if fault["severity"] != "info"]
+    faults = [
+        fault["formattedMessage"] for fault in output.get("errors", []) if fault["severity"] not in harmless
+    ]
     if faults:
         raise BuildError("\n".join(faults))
     return output

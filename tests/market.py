@@ -156,7 +156,8 @@ class Market(Chain):
         )
         self.parameters = parameters
         self.artefact = artefact or load_artefact()
-        self.address = self.deploy(self.organisation, contract.encode_deploy(parameters))
+        arguments = contract.encode_deploy(parameters)[len(load_artefact().bytecode) :]
+        self.address = self.deploy(self.organisation, self.artefact.bytecode + arguments)
         self.domain = Domain(self.chain_id, self.address)
         for ev in (self.consumer, self.provider, self.rival):
             self.send(self.organisation, contract.encode_add_ev(ev.address, b"\x01" * 32))
@@ -178,6 +179,27 @@ class Market(Chain):
     def view(self, data: bytes) -> bytes:
         """A view of the market."""
         return self.ask(self.address, data)
+
+    def views(self, questions: Sequence[bytes]) -> list[bytes]:
+        """Many views of one moment: as `view`, but without a transaction around each, so several times faster."""
+        vm = self.backend.chain.get_vm()
+        code = vm.state.get_code(self.address)
+        answers = []
+        for data in questions:
+            done = vm.execute_bytecode(
+                origin=NOBODY,
+                gas_price=0,
+                gas=GAS,
+                to=self.address,
+                sender=NOBODY,
+                value=0,
+                data=data,
+                code=code,
+            )
+            if done.is_error:
+                raise Reverted(_revert_data(done))
+            answers.append(bytes(done.output))
+        return answers
 
     # ---- shorthand for stories
 
