@@ -6,14 +6,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from agent import daemon
-from agent.cli import make_safe
+from agent.cli import cli, make_safe
 from agent.config import ProviderKeysConfig
-from agent.errors import EXIT_MISCONFIGURED
+from agent.errors import EXIT_DONE, EXIT_MISCONFIGURED, EXIT_REFUSED, EXIT_UNREACHABLE
 from agent.runners import systemd
 
 CONFIG = Path(__file__).parents[1] / "config"
+PAGE = (CONFIG.parent / "docs/operating.md").read_text()
 UNIT = (CONFIG / "v2v-agent.service").read_text()
 PROGRAM = "/opt/v2v-agent/venv/bin/v2v"
 EXPOSURE_TENTHS_MAX = 13  # systemd-analyze's score; 12 as shipped
@@ -107,6 +109,38 @@ def test_modules_of_serial_adapters_are_loaded_before_the_unit_starts():
     assert [line for line in lines if not line.startswith("#")] == ["usbserial", "cdc_acm"]
     (group,) = setting("Group")
     assert f'GROUP="{group}"' in (CONFIG / "udev/60-v2v-agent.rules").read_text()
+
+
+# ---- docs/operating.md; its commands are run by tests/e2e/test_booted_service.py
+
+
+def test_the_page_installs_what_there_is_to_where_the_unit_looks():
+    """Would catch a page that copies a file that was renamed, or to a place where nothing looks for it."""
+    installs = re.findall(r"^install .*?(\S+) (\S+)$", PAGE, re.MULTILINE)
+    assert len(installs) >= 6
+    for source, _target in installs:
+        if source.startswith("config/"):
+            assert (CONFIG.parent / source).is_file(), source
+    targets = {target for _source, target in installs}
+    assert {value.split(":")[1] for value in setting("LoadCredential")} <= targets
+    assert setting("ExecStart")[0].split()[-1] in targets
+
+
+def test_every_command_on_the_page_exists():
+    """Would catch an option or command that was renamed since."""
+    commands = set(re.findall(r"(?:^|`|/bin/)v2v ((?:[a-z-]+ ?){1,2})", PAGE, re.MULTILINE))
+    assert len(commands) >= 5
+    for command in commands:
+        asked = CliRunner().invoke(cli, [*command.split(), "--help"])
+        assert asked.exit_code == 0, (command, asked.output)
+
+
+def test_the_page_tells_every_exit_code():
+    """Would catch a code that means something else than the page says, or that the page does not know."""
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
+    assert codes == {EXIT_DONE, EXIT_UNREACHABLE, EXIT_MISCONFIGURED}
+    for code in (EXIT_DONE, EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_MISCONFIGURED):
+        assert re.search(rf"`make-safe` ends with .*?\b{code}\b", PAGE, re.DOTALL)
 
 
 def allowed(user, action, topic):
