@@ -12,7 +12,7 @@ from story import DOMAIN, PROVIDER, STRANGER, at, believed, closing, connect, he
 from agent.core import events as ev
 from agent.core.session import Stage
 from agent.errors import Refused
-from agent.evidence import canonical, evidence
+from agent.evidence import canonical, digest, evidence
 from agent.verify import parsed_meter_key, verify
 
 NAMES = [
@@ -150,8 +150,43 @@ def rows_of(events):
 
 def test_an_empty_or_foreign_file_is_no_traceback():
     """Would catch a verifier that can be crashed by what it is shown."""
-    for data in (b"", b"{}", b"[]", b"\xff", b"null", b'{"market": 5}', FILE[:-100], b"[" * 5_000):
+    for data in (b"", b"{}", b"[]", b"\xff", b"null", b'{"market": 5}', FILE[:-100], b"[" * 200_000):
         assert failed(data) == ["form"]
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.integers(-(2**300), 2**300),
+    st.text(max_size=5),
+    st.binary(max_size=70).map(lambda data: "0x" + data.hex()),
+    st.just([]),
+    st.just({}),
+    st.floats(allow_nan=False),
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value where something else may stand."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+PLACES = list(places(json.loads(FILE)))
+
+
+@given(st.sampled_from(PLACES), JUNK)
+def test_junk_anywhere_is_answered_and_never_a_traceback(path, junk):
+    """Would catch a verifier that a stranger's file can crash: 2^300 Wh, null for a signature, a list for a name."""
+    content = json.loads(FILE)
+    holder = content
+    for key in path[:-1]:
+        holder = holder[key]
+    if holder[path[-1]] == junk:
+        return
+    holder[path[-1]] = junk
+    assert failed(canonical(content | {"digest": digest(content)} if path != ("digest",) else content))
 
 
 # ---- a forger who has our program: everything derived fits again, and the digest too
