@@ -168,25 +168,148 @@ contract V2VChargingTest is MarketTest {
         assertTrue(market.domainSeparator() == here, "and back");
     }
 
+    function test_ParametersComeBackAsTheyWereGiven() public {
+        IV2VCharging.MarketParameters memory p = IV2VCharging.MarketParameters(
+            type(uint32).max - 1, type(uint32).max, 3, 7, 5, 1, (1 << 18) - 1, 6, 8, 10_000
+        );
+        bytes32 given = keccak256(abi.encode(p));
+        assertTrue(keccak256(abi.encode(new V2VCharging(p).parameters())) == given, "every field, at its edges");
+    }
+
+    function test_CancelWhatCanNoLongerConnect() public {
+        for (uint256 i = 0; i < 4; ++i) {
+            start();
+            if (i > 0) bid(provider, RATE);
+            if (i < 2) market.removeEV(consumer);
+            if (i == 2) market.removeEV(provider);
+            if (i == 3) market.changeStatus(false);
+            vm.expectRevert(IV2VCharging.NotCancellable.selector);
+            market.cancelAuction(consumer); // not before closing
+            close();
+            market.cancelAuction(consumer);
+            assertTrue(!market.auctions(consumer).live, "free");
+            if (i < 2) market.addEV(consumer, "x");
+            if (i == 2) market.addEV(provider, "x");
+        }
+        assertEq(market.balances(provider), 3 * cost(RATE), "every bond is back");
+        assertEq(market.balances(consumer), 4 * cost(START_RATE), "every deposit is back");
+    }
+
+    function test_CancelBidlessByAStrangerOnlyAfterTheWindow() public {
+        start();
+        close();
+        vm.expectRevert(IV2VCharging.NotCancellable.selector);
+        market.cancelAuction(consumer);
+        vm.warp(vm.getBlockTimestamp() + 15 minutes + 1);
+        market.cancelAuction(consumer);
+    }
+
+    function test_ALeaderUnderbidsItselfWithItsOwnBond() public {
+        start();
+        bid(provider, START_RATE);
+        vm.prank(provider);
+        market.placeBid(consumer, 1, RATE);
+        assertEq(market.balances(provider), cost(START_RATE) - cost(RATE), "the old bond paid for the new one");
+    }
+
+    function test_ConcedingAgainChangesNothingOrOnlyRaises() public {
+        bytes32 token = open();
+        vm.prank(consumer);
+        market.endConnection(token, 50, noAck());
+        uint64 closeAt = market.sessions(token).settleAt;
+        vm.warp(vm.getBlockTimestamp() + 100);
+        vm.prank(consumer);
+        market.endConnection(token, 40, noAck());
+        vm.prank(consumer);
+        market.endConnection(token, 60, noAck());
+        market.submitReceipt(token, 30, receipt(30));
+        IV2VCharging.Session memory s = market.sessions(token);
+        assertTrue(s.claimedWh == 60 && s.settleAt == closeAt, "60 Wh, and closeAt where it was");
+        assertTrue(s.status == IV2VCharging.SessionStatus.Closing, "closing");
+        vm.prank(consumer);
+        market.endConnection(token, ENERGY_WH, noAck());
+        assertEq(market.balances(provider), 2 * cost(RATE), "the full order is final at once");
+    }
+
+    function test_ALateConcessionDoesNotWaitLongerThanNone() public {
+        bytes32 token = open();
+        uint64 settleAt = market.sessions(token).settleAt;
+        vm.warp(settleAt - 1);
+        vm.prank(consumer);
+        market.endConnection(token, 1, noAck());
+        assertEq(market.sessions(token).settleAt, settleAt, "validity + grace stays");
+    }
+
+    function test_PredicateOfNoSessionAndOfTooMuch() public {
+        assertTrue(!market.isReceiptValid("no such token", 0, noAck()), "no session");
+        bytes32 token = open();
+        assertTrue(!market.isReceiptValid(token, ENERGY_WH + 1, receipt(ENERGY_WH + 1)), "above the order");
+        IV2VCharging.Ack memory ack = keyReceipt(token, 100, 100);
+        ack.grantSignature = ack.receiptSignature;
+        assertTrue(!market.isReceiptValid(token, 100, ack), "the key cannot grant itself");
+    }
+
+    /// @dev A consumer that sets code on its account after charging (EIP-7702) cannot disown what it signed.
+    function test_CodeOnTheConsumersAccountDisownsNothing() public {
+        bytes32 token = open();
+        IV2VCharging.Ack memory ack = receipt(ENERGY_WH);
+        vm.etch(consumer, hex"ef0100000000000000000000000000000000000000dead");
+        assertTrue(market.isReceiptValid(token, ENERGY_WH, ack), "plain ECDSA");
+        vm.prank(provider);
+        market.endConnection(token, ENERGY_WH, ack);
+        assertEq(market.balances(provider), 2 * cost(RATE), "paid");
+    }
+
+    /// @dev The receiver of a payment calls back in: everything is written already, it gets its own money once.
+    function test_ReentrantWithdrawGetsItsOwnMoneyOnce() public {
+        vm.prank(stranger);
+        market.deposit{value: 1 ether}(); // somebody else's
+        Greedy greedy = new Greedy(market);
+        vm.deal(address(greedy), 5);
+        greedy.take();
+        assertEq(address(greedy).balance, 5, "its own, once");
+        assertEq(greedy.refusals(), 1, "and the second time it was refused");
+        assertEq(address(market).balance, 1 ether, "nobody else's");
+    }
+
     // --------------------------------------------------------------- refusals
 
     function test_RevertWhen_BadParameters() public {
-        IV2VCharging.MarketParameters memory p = parameters();
-        p.minBiddingSeconds = 0;
-        vm.expectRevert(IV2VCharging.BadParameters.selector);
-        new V2VCharging(p);
+        for (uint256 i = 0; i < 7; ++i) {
+            IV2VCharging.MarketParameters memory p = parameters();
+            if (i == 0) p.minBiddingSeconds = 0;
+            if (i == 1) p.minBiddingSeconds = p.maxBiddingSeconds + 1;
+            if (i == 2) p.tokenValidityMin = 0;
+            if (i == 3) p.tokenValidityMin = p.tokenValidityMax + 1;
+            if (i == 4) p.tokenValidityMax = 1 << 18;
+            if (i == 5) p.softCloseMax = 8;
+            if (i == 6) p.bondBps = 10_001;
+            vm.expectRevert(IV2VCharging.BadParameters.selector);
+            new V2VCharging(p);
+        }
     }
 
-    function test_RevertWhen_NotTheOrganisation() public {
-        vm.expectRevert(abi.encodeWithSelector(Ownable.OwnableUnauthorizedAccount.selector, stranger));
-        vm.prank(stranger);
-        market.addEV(stranger, "x");
-        vm.expectRevert(abi.encodeWithSelector(Ownable.OwnableUnauthorizedAccount.selector, stranger));
-        vm.prank(stranger);
-        market.removeEV(provider);
-        vm.expectRevert(abi.encodeWithSelector(Ownable.OwnableUnauthorizedAccount.selector, stranger));
-        vm.prank(stranger);
-        market.changeStatus(false);
+    function test_RevertWhen_OwnableUnauthorizedAccount() public {
+        bytes[5] memory calls = [
+            abi.encodeCall(market.addEV, (stranger, "x")),
+            abi.encodeCall(market.removeEV, (provider)),
+            abi.encodeCall(market.changeStatus, (false)),
+            abi.encodeCall(market.transferOwnership, (stranger)),
+            abi.encodeCall(market.acceptOwnership, ())
+        ];
+        for (uint256 i = 0; i < calls.length; ++i) {
+            vm.prank(stranger);
+            (bool done, bytes memory answer) = address(market).call(calls[i]);
+            bytes memory refusal = abi.encodeWithSelector(Ownable.OwnableUnauthorizedAccount.selector, stranger);
+            assertTrue(!done && keccak256(answer) == keccak256(refusal), "only the organisation");
+        }
+    }
+
+    /// @dev Only a deployer without an address could make an owner without one.
+    function test_RevertWhen_OwnableInvalidOwner() public {
+        vm.expectRevert(abi.encodeWithSelector(Ownable.OwnableInvalidOwner.selector, address(0)));
+        vm.prank(address(0));
+        new V2VCharging(parameters());
     }
 
     function test_RevertWhen_MarketInactive() public {
@@ -271,19 +394,40 @@ contract V2VChargingTest is MarketTest {
         market.placeBidFor(provider, consumer, 1, RATE);
     }
 
-    function test_RevertWhen_AuctionOutOfRange() public {
-        vm.expectRevert(abi.encodeWithSelector(IV2VCharging.EnergyOutOfRange.selector, type(uint24).max));
-        vm.prank(consumer);
-        market.startAuction(0, BIDDING, 1, VALIDITY, 0);
-        vm.expectRevert(abi.encodeWithSelector(IV2VCharging.RateOutOfRange.selector, type(uint64).max));
-        vm.prank(consumer);
-        market.startAuction(1, BIDDING, 0, VALIDITY, 0);
-        vm.expectRevert(abi.encodeWithSelector(IV2VCharging.BiddingOutOfRange.selector, 60, 1 days));
-        vm.prank(consumer);
-        market.startAuction(1, 59, 1, VALIDITY, 0);
-        vm.expectRevert(abi.encodeWithSelector(IV2VCharging.ValidityOutOfRange.selector, 5 minutes, 48 hours));
-        vm.prank(consumer);
-        market.startAuction(1, BIDDING, 1, 1, 0);
+    function test_RevertWhen_EnergyOutOfRange() public {
+        for (uint256 i = 0; i < 2; ++i) {
+            vm.expectRevert(abi.encodeWithSelector(IV2VCharging.EnergyOutOfRange.selector, type(uint24).max));
+            vm.prank(consumer);
+            market.startAuction([uint64(0), 1 << 24][i], BIDDING, 1, VALIDITY, 0);
+        }
+    }
+
+    function test_RevertWhen_RateOutOfRange() public {
+        for (uint256 i = 0; i < 2; ++i) {
+            vm.expectRevert(abi.encodeWithSelector(IV2VCharging.RateOutOfRange.selector, type(uint64).max));
+            vm.prank(consumer);
+            market.startAuction(1, BIDDING, [uint128(0), 1 << 64][i], VALIDITY, 0);
+        }
+        start();
+        vm.expectRevert(abi.encodeWithSelector(IV2VCharging.RateOutOfRange.selector, START_RATE));
+        vm.prank(provider);
+        market.placeBid(consumer, 1, 0);
+    }
+
+    function test_RevertWhen_BiddingOutOfRange() public {
+        for (uint256 i = 0; i < 2; ++i) {
+            vm.expectRevert(abi.encodeWithSelector(IV2VCharging.BiddingOutOfRange.selector, 60, 1 days));
+            vm.prank(consumer);
+            market.startAuction(1, [uint64(59), 1 days + 1][i], 1, VALIDITY, 0);
+        }
+    }
+
+    function test_RevertWhen_ValidityOutOfRange() public {
+        for (uint256 i = 0; i < 2; ++i) {
+            vm.expectRevert(abi.encodeWithSelector(IV2VCharging.ValidityOutOfRange.selector, 5 minutes, 48 hours));
+            vm.prank(consumer);
+            market.startAuction(1, BIDDING, 1, [uint64(5 minutes - 1), 48 hours + 1][i], 0);
+        }
     }
 
     function test_RevertWhen_ClockExhausted() public {
@@ -476,5 +620,27 @@ contract V2VChargingTest is MarketTest {
         assertEq(market.balances(provider), due + fee, "provider");
         assertEq(market.balances(consumer), locked - fee, "consumer");
         assertEq(address(market).balance, locked + due, "conserved");
+    }
+}
+
+/// @dev Withdraws once more from inside the payment.
+contract Greedy {
+    V2VCharging private immutable _market;
+    uint256 public refusals;
+
+    constructor(V2VCharging market) {
+        _market = market;
+    }
+
+    function take() external {
+        _market.deposit{value: 5}();
+        _market.withdraw(5, address(this));
+    }
+
+    receive() external payable {
+        try _market.withdraw(5, address(this)) {}
+        catch {
+            ++refusals;
+        }
     }
 }
