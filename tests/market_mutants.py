@@ -56,7 +56,13 @@ MUTANTS = [
         "_credit(provider, fee + Words.released(",
         "_credit(provider, fee + bond + Words.released(",
     ),
-    Mutant("closeAt moves", "        if (!s.closing()) {", "        if (!s.closing() || raised) {"),
+    Mutant(
+        "closeAt moves",
+        "            s = s.withClosing(closeAt < s.settleAt() ? closeAt : s.settleAt()); // never later than validity + grace\n"
+        "        } else if (!raised) {\n            return;\n        }\n",
+        "            s = s.withClosing(closeAt);\n        } else {\n"
+        "            s = s.withClosing(block.timestamp + _rules.challengeSeconds());\n        }\n",
+    ),
     Mutant(
         "operator withdraws",
         "Account storage account = _accounts[msg.sender];\n        account.word = _debited(",
