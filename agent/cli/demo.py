@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.errors import Misconfigured, Refused
+
+if TYPE_CHECKING:
+    from agent.demo.evening import EveningSummary
 
 
 @click.command()
@@ -43,8 +49,18 @@ def demo(seed: int, energy_wh: int, keep: Path | None, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="v2v-demo-") as temporary:
         directory = (keep or Path(temporary)).resolve()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        summary = asyncio.run(evening(EveningSettings(directory, seed, energy_wh), screen))
+        try:
+            summary = asyncio.run(_until_told(evening(EveningSettings(directory, seed, energy_wh), screen)))
+        except asyncio.CancelledError:
+            sys.exit(128 + signal.SIGTERM)
     if as_json:
         click.echo(json.dumps(summary.as_json()))
     if summary.stage != "SETTLED":
         raise Refused("not_settled", f"the session ended {summary.stage}")
+
+
+async def _until_told(play: Coroutine[Any, Any, EveningSummary]) -> EveningSummary:
+    """Run it; SIGTERM ends it in order, so that the two agents do not outlive it."""
+    task = asyncio.create_task(play)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task

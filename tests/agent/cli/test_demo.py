@@ -1,7 +1,10 @@
 """`v2v demo` at its edges: what it says when something is missing or goes wrong. The evening itself is told in tests/e2e."""
 
 import json
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -112,3 +115,17 @@ def test_what_cannot_be_played_is_refused_by_name(played, words):
     assert said.exit_code == 2
     assert words[0] in said.stderr
     assert not played
+
+
+def test_told_to_stop_it_takes_its_agents_along(tmp_path: Path) -> None:
+    """Would catch two daemons that go on after the demo was ended by SIGTERM, holding ports and driving chargers."""
+    command = [sys.executable, "-m", "agent", "demo", "--json", "--keep", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as play:
+        assert play.stderr is not None
+        for line in play.stderr:
+            if "asking for" in line:
+                break
+        play.terminate()
+        assert play.wait(30) == 128 + signal.SIGTERM
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [one for one in commands if str(tmp_path).encode() in one]
