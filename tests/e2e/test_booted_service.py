@@ -32,7 +32,7 @@ sys.path[:0] = ["/opt/v2v-agent/clone", "/opt/v2v-agent/libraries"]
 from agent.cli import main
 main()
 """
-BOOT_S = 60
+BOOT_S = 180  # seconds on an idle machine
 WATCHDOG_S = 20  # the unit's
 AGENT_TOML = "/etc/v2v-agent/agent.toml"
 
@@ -57,6 +57,7 @@ def debian(tmp_path_factory):
     if why:
         pytest.skip(why)
     root = tmp_path_factory.mktemp("debian")
+    root.chmod(0o755)  # it becomes the guest's "/", which its other users must be able to enter
     words = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root]
     made = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     if made.returncode:
@@ -77,21 +78,29 @@ class Guest(Program):
         binds = (f"--bind-ro={ROOT}:/opt/v2v-agent/clone", f"--bind-ro={LIBRARIES}:/opt/v2v-agent/libraries")
         words = ("systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "-b", "-D", root, *binds)
         super().__init__(words, folder, "guest")
-        eventually(self.init_pid, BOOT_S, "the guest has an init")
-        eventually(
-            lambda: self.run("systemctl is-system-running").stdout.strip() in ("running", "degraded"),
-            BOOT_S,
-            "up",
-        )
+
+    def __enter__(self):
+        try:
+            eventually(self.init_pid, BOOT_S, "the guest has an init")
+            eventually(self.is_up, BOOT_S, "the guest has booted")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def __exit__(self, *_):
-        if self.is_running:
-            os.kill(self.init_pid() or self.process.pid, signal.SIGRTMIN + 4)  # systemd(1): power off
+        init = self.init_pid() if self.is_running else 0
+        if init:
+            os.kill(init, signal.SIGRTMIN + 4)  # systemd(1): power off
             try:
                 self.process.wait(BOOT_S)
             except subprocess.TimeoutExpired:
-                self.kill()
+                os.kill(init, signal.SIGKILL)  # takes everything in the guest along
         super().__exit__()
+
+    def is_up(self):
+        """Whether booting has come to its end."""
+        return self.run("systemctl is-system-running").stdout.strip() in ("running", "degraded")
 
     def init_pid(self):
         """The guest's process 1, as we see it; 0 before there is one."""
