@@ -327,7 +327,7 @@ class Chain:
         self.confirmations = 3
         self.pool_takes = lambda tx: True  # noqa: ARG005
         self.miner_takes = lambda tx: True  # noqa: ARG005
-        self.own_hashes: set[bytes] = set()  # every transaction of the agent that ever reached a pool
+        self.sends = lambda raw_tx: None  # noqa: ARG005 - somebody wants to look at the agent's transactions
         self.issued_wei = state.held_wei
         for count in range(1, PAST_BLOCKS + 1):
             self._append(began_s + count * BLOCK_S)
@@ -386,7 +386,7 @@ class Chain:
         self._append(timestamp_s)
 
     def reorg(self, depth, *, keeps=lambda tx: True):  # noqa: ARG005
-        """The newest `depth` blocks are replaced by one more. `keeps(tx)`: whether an orphaned transaction is back in the pool."""
+        """The newest `depth` blocks are replaced by one more. `keeps(tx)`: an orphaned transaction is back in the pool."""
         depth = min(depth, len(self.blocks) - 1)
         orphaned, self.blocks = self.blocks[-depth:], self.blocks[:-depth]
         self.fork += 1
@@ -501,7 +501,7 @@ class SimNode:
                                 block.block_hash,
                                 mined.tx.tx_hash,
                                 index,
-                            )  # fmt: skip
+                            )
                         )
         return tuple(found)
 
@@ -573,8 +573,8 @@ class SimNode:
         """Into the pool. Raises Refused."""
 
         def answer(blocks):
+            self._chain.sends(raw_tx)
             tx = _signed_tx(raw_tx)
-            self._chain.own_hashes.add(tx.tx_hash)
             self._chain.send(tx)
             return tx.tx_hash
 

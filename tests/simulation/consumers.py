@@ -151,6 +151,7 @@ class Consumer:
         self._repeat_receipt()
         self._misbehave(session)
         if world.chain.head.timestamp_s >= session.settle_at_s:
+            world.freed_by_strangers.add(token)
             self._send(contract.encode_settle(token))
 
     def _connect(self):
@@ -201,7 +202,7 @@ class Consumer:
                 grant.valid_until_s,
                 self.key.public_key,
                 signer.sign(grant, market.domain),
-            )  # fmt: skip
+            )
         )
         return True
 
@@ -210,6 +211,7 @@ class Consumer:
     def hears(self, payload):
         """The broker's call."""
         message = decode(payload)
+        self.world.was_told(message)
         match message:
             case Accept() if message.session_id == self.session_id:
                 self._answered = self._answered or message.challenge == self._challenge

@@ -23,7 +23,7 @@ POINTS_A_SECOND = 10
 
 
 def plan_of(seed):
-    """This seed's storm."""
+    """The storm of one seed."""
     rng = random.Random(seed)
     storm_s = rng.choice(STORM_S)
 
@@ -112,21 +112,25 @@ class Run:
     lives: int
     stranded: int
     label: str
+    labels: tuple[str, ...]
     cpu_s: float
 
 
-def carried_out(name, plan, also=()):
-    """Run one plan in a folder of its own."""
+def carried_out(name, plan, also=(), lines=60):
+    """Run one plan in a folder of its own. `lines`: how long a story may get."""
     folder = Path(tempfile.mkdtemp(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     began_s = time.process_time()
     try:
         outcome = run(plan, folder, also)
     finally:
         shutil.rmtree(folder)
-    story = outcome.story() if outcome.broken else ""
+    story = outcome.story(lines) if outcome.broken else ""
     label = outcome.labels[min(plan.cuts) - 1] if plan.cuts and min(plan.cuts) <= outcome.points else ""
     used_s = time.process_time() - began_s
-    return Run(name, outcome.broken, story, outcome.sessions, outcome.lives, outcome.stranded, label, used_s)
+    labels = () if plan.cuts or plan.storm.calm_from_ms else outcome.labels
+    return Run(
+        name, outcome.broken, story, outcome.sessions, outcome.lives, outcome.stranded, label, labels, used_s
+    )
 
 
 def storm(seed):

@@ -101,7 +101,7 @@ class Weather:
         return not self._happens(self.storm.pool_loses)
 
     def miner_takes(self):
-        """This block leaves a transaction out."""
+        """True unless this block leaves the transaction out."""
         return not self._happens(self.storm.miner_waits)
 
 

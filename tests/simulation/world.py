@@ -157,6 +157,7 @@ class World:
         self.backed_ms = {}
         self.freed_by_strangers = set()
         self._stops_heard = set()
+        self.presented, self.signed, self.acked_wh = set(), set(), {}  # what the rows say
         self._true_mwh = {}
         self._flow = {}
         self._build()
@@ -169,6 +170,7 @@ class World:
         self.chain.pool_takes = lambda tx: self.weather.pool_takes()  # noqa: ARG005
         self.chain.miner_takes = lambda tx: self.weather.miner_takes()  # noqa: ARG005
         self.chain.listeners.append(lambda block: self._guarded(checkers.money_is_conserved, self.chain))  # noqa: ARG005
+        self.chain.sends = lambda raw_tx: self._guarded(checkers.sent_is_written, self, raw_tx)
         self.broker = Broker(self.weather, f"v2v/1/0x{PROVIDER.address.hex()}")
         self.outlets = {port: self._outlet(car) for port, car in plan.cars}
         self.consumers = {}
@@ -217,8 +219,9 @@ class World:
             for port, _ in self.plan.cars
         )
         path.write_text(
-            f'[chain]\nurls = ["ws://127.0.0.1:1"]\nchain_id = {DOMAIN.chain_id}\ncontract = "0x{DOMAIN.contract.hex()}"\n'
-            f'provider = "0x{PROVIDER.address.hex()}"\nfinality = {self.plan.finality}\n{ports}[policy]\nmax_unacked_wh = {UNACKED_WH}\n'
+            f'[chain]\nurls = ["ws://127.0.0.1:1"]\nchain_id = {DOMAIN.chain_id}\n'
+            f'contract = "0x{DOMAIN.contract.hex()}"\nprovider = "0x{PROVIDER.address.hex()}"\n'
+            f"finality = {self.plan.finality}\n{ports}[policy]\nmax_unacked_wh = {UNACKED_WH}\n"
             '[mqtt]\nurl = "mqtt://127.0.0.1:1"\n[http]\nenabled = false\n[journal]\npath = "./journal.sqlite"\n'
         )
         return load_agent(path, {})
@@ -325,10 +328,24 @@ class World:
             ):
                 if segment is not None and segment.session_id == sid:
                     self._forbid(port, segment, type(event).__name__)
-        if isinstance(event, ev.DeliveryEnded):
-            self.intents.add(sid)
-        if isinstance(event, ev.StopDecided):
-            self._stops_heard.add(sid)
+        self._remember(event)
+
+    def _remember(self, event):
+        match event:
+            case ev.DeliveryEnded():
+                self.intents.add(event.session_id)
+            case ev.StopDecided():
+                self._stops_heard.add(event.session_id)
+            case ev.TokenPresented():
+                self.presented.add(event.session_id)
+            case ev.SettlementSigned():
+                self.signed.add(event.raw_tx)
+            case ev.ReceiptCredited():
+                self.acked_wh[event.session_id] = event.energy_wh_acked
+
+    def was_told(self, message):
+        """A consumer hears the agent."""
+        self._guarded(checkers.said_is_written, self, message)
 
     def _forbid(self, port, segment, why):
         if segment.forbidden_ms is None:
@@ -430,9 +447,8 @@ class World:
         """A block every twelve seconds, at its own second even when the process stood still meanwhile."""
         next_ms = (self.now_ms() // 12_000 + 1) * 12_000
         while True:
-            while (
-                self.now_ms() < next_ms
-            ):  # in small steps: the computer may sleep meanwhile, the chain does not
+            # In small steps, by the clock: the computer may sleep meanwhile, the chain does not.
+            while self.now_ms() < next_ms:  # noqa: ASYNC110
                 await asyncio.sleep(min(1.0, (next_ms - self.now_ms()) / 1000))
             at_s = next_ms // 1000
             if not any(since_s <= at_s < since_s + for_s for since_s, for_s in self.plan.outages):
