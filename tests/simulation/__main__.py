@@ -52,9 +52,10 @@ def main():
     seeds = sessions = lives = stranded = 0
     for seeds, ended in enumerate(storms_until(iter(seeds_of(wanted.seed)), until_s), 1):
         if ended.broken:
-            print(plan_of(ended.name))
-            print(carried_out(ended.name, plan_of(ended.name), lines=STORY_LINES).story)
-            print(f"\nseed {ended.name} breaks a promise; again: ./run simulate --seed {ended.name}")
+            seed = int(ended.name.split()[1])
+            print(plan_of(seed))
+            print(carried_out(ended.name, plan_of(seed), lines=STORY_LINES).story)
+            print(f"\n{ended.name} breaks a promise; again: ./run simulate --seed {seed}")
             return 1
         sessions, lives, stranded = (
             sessions + ended.sessions, lives + ended.lives, stranded + ended.stranded,
@@ -62,7 +63,7 @@ def main():
         if time.monotonic() - shown_s > SHOWN_EVERY_S:
             shown_s = time.monotonic()
             print(
-                f"{seeds} storms, {sessions} sessions, {lives} lives, newest seed {ended.name}",
+                f"{seeds} storms, {sessions} sessions, {lives} lives, newest: {ended.name}",
                 file=sys.stderr,
             )
     used_s = time.monotonic() - began_s

@@ -135,7 +135,7 @@ def carried_out(name, plan, also=(), lines=60):
 
 def storm(seed):
     """One seed."""
-    return carried_out(seed, plan_of(seed))
+    return carried_out(f"storm {seed}", plan_of(seed))
 
 
 def on_all_cores(work, items, workers=None):

@@ -1,6 +1,8 @@
 """A day without faults: the world itself must be right before a storm in it proves anything."""
 
+import pytest
 from simulation import checkers
+from simulation.evenings import EVENINGS, evening
 from simulation.world import Car, Order, Plan, run
 
 
@@ -20,6 +22,13 @@ def test_three_consumers_at_two_ports(folder):
     cars = (("left", Car()), ("right", Car(step_mwh=100, ev_lag_ms=2_000)))
     outcome = run(Plan(orders=orders, cars=cars), folder, also=(checkers.nothing_is_lost,))
     assert not outcome.broken, outcome.story()
+
+
+@pytest.mark.parametrize("name", EVENINGS)
+def test_in_fair_weather_nobody_loses_more_than_the_formula(name):
+    """Would catch a limit that is not kept where nothing but one dishonest consumer, or one odd car, is in the way."""
+    ended = evening(name)
+    assert not ended.broken, ended.story
 
 
 def test_the_same_plan_makes_the_same_trace(folder):

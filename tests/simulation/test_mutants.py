@@ -8,6 +8,7 @@ import sys
 import pytest
 from simulation import checkers
 from simulation.consumers import Order
+from simulation.evenings import EVENINGS, evening
 from simulation.mutants import MUTANTS, slipped
 from simulation.reorgs import every, reorged_at
 from simulation.storms import carried_out, on_all_cores, storm
@@ -29,25 +30,25 @@ def near_rows(labels):
     return sorted({point for place in places for point in range(place - AROUND, place + AROUND) if point > 0})
 
 
+def hunted(labels):
+    """Every place where a slip may show, the cheap ones first."""
+    yield from map(evening, EVENINGS)
+    yield from map(reorged_at, every(REORG_STEP_S))
+    yield from map(storm, range(STORMS_MAX))
+    for point in near_rows(labels):
+        plan = Plan(orders=CALM.orders, cars=CALM.cars, cuts=frozenset({point}))
+        yield carried_out(f"point {point}", plan, also=(checkers.nothing_is_lost,))
+
+
 def caught(name):
     """Where this mutant is caught, and how; None when it survives."""
     with slipped(MUTANTS[name]):
         calm = carried_out("calm", CALM, also=(checkers.nothing_is_lost,))
         if calm.broken:
             return name, "calm", calm.broken
-        for moment in every(REORG_STEP_S):
-            ended = reorged_at(moment)
+        for ended in hunted(calm.labels):
             if ended.broken:
-                return name, ended.name, ended.broken
-        for seed in range(STORMS_MAX):
-            ended = storm(seed)
-            if ended.broken:
-                return name, f"storm {seed}", ended.broken
-        for point in near_rows(calm.labels):
-            plan = Plan(orders=CALM.orders, cars=CALM.cars, cuts=frozenset({point}))
-            ended = carried_out(point, plan, also=(checkers.nothing_is_lost,))
-            if ended.broken:
-                return name, f"point {point} ({ended.label})", ended.broken
+                return name, f"{ended.name} {ended.label}", ended.broken
     return name, "", ""
 
 
