@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import story as told
 from story import ListJournal, connect, presentation
+from tcp_proxy import TcpProxy
 
 from agent.core import events as ev
 from agent.core.live import Beat, HeaderSeen, Policy
@@ -47,6 +48,7 @@ class Socket:
     charger: Charger
     runner: ChargerRunner
     journal: ListJournal
+    cable: TcpProxy
 
     @property
     def session(self) -> Session:
@@ -78,10 +80,9 @@ async def socket(*, unacked_wh: int = 50, reserve_permille: int = 0, **plant: in
     """A charger, an engine and the runner between them, running."""
     loop = asyncio.get_running_loop()
     config = SimulatorConfig(map="simulated", tcp="127.0.0.1:0", plant=PlantConfig(ev_lag_ms=200, **plant))
-    async with Simulator(config) as simulator:
-        charger = await open_charger(
-            ChargerConfig(map="simulated", wire=simulator.wire, failsafe_timeout_s=FAILSAFE_S)
-        )
+    async with Simulator(config) as simulator, TcpProxy(int(simulator.wire.rpartition(":")[2])) as cable:
+        wire = f"tcp://127.0.0.1:{cable.port}"
+        charger = await open_charger(ChargerConfig(map="simulated", wire=wire, failsafe_timeout_s=FAILSAFE_S))
         await charger.hold()
         journal = ListJournal()
         policy = Policy(
@@ -100,7 +101,7 @@ async def socket(*, unacked_wh: int = 50, reserve_permille: int = 0, **plant: in
         )
         task = asyncio.create_task(runner.run())
         try:
-            yield Socket(engine, simulator, charger, runner, journal)
+            yield Socket(engine, simulator, charger, runner, journal, cable)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -182,7 +183,7 @@ async def test_a_lost_wire_is_a_pause_not_an_end() -> None:
     async with socket() as plug:
         plug.believes(order_wh=500)
         await plug.becomes(lambda: plug.simulator.truth().power_w > 1000)
-        await plug.simulator.__aexit__(None, None, None)
+        plug.cable.freeze()
         await plug.becomes(lambda: not plug.engine.live.ports["left"].armed)
         assert plug.session.stage is Stage.DELIVERING
         assert not any(type(effect).__name__ == "Deliver" for effect in plug.engine.owed())
