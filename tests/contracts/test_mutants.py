@@ -8,6 +8,10 @@ from market_mutants import MUTANTS, killed_by
 
 import contracts
 
+# Its time on a quiet two-core machine is not known yet: until it is, it stays out of the half hour that CI has.
+pytestmark = pytest.mark.long
+
+
 IN_EVERY_RUN = {
     "wrong winner", "receipt can go down", "pause blocks an exit", "double settle", "grant cap ignored",
     "bond paid twice", "closeAt moves", "operator withdraws", "high s accepted", "receipt of another session",
