@@ -45,6 +45,7 @@ _QUEUE_MAX = 64  # requests waiting: a caller gone wild is told so instead of fi
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # between attempts to connect (BRIDGE rule 4: at most 2 s)
 _SILENT_MAX = 2  # unanswered requests before the connection is thrown away (half-open TCP, hung adapter)
 _READ_ATTEMPTS = 2
+_CANCEL_EVERY_S = 0.25
 _QUARANTINES_MAX = 8  # a bus that never falls silent (another master, noise) ends in an error, not in waiting
 
 
@@ -296,9 +297,10 @@ class Bus:
     async def close(self) -> None:
         """Give the wire back; requests still waiting fail with `closed`. Never raises."""
         if self._owner is not None:
-            self._owner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._owner
+            # More than once if needed: before Python 3.12, `asyncio.wait_for` in the library can swallow one.
+            while not self._owner.done():
+                self._owner.cancel()
+                await asyncio.wait({self._owner}, timeout=_CANCEL_EVERY_S)
             self._owner = None
         while not self._queue.empty():
             self._fail(self._queue.get_nowait(), BridgeError("closed", f"{self.wire} was closed"))

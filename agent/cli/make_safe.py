@@ -69,9 +69,11 @@ async def _made_safe(port: PortConfig, buses: Buses) -> AgentError | None:
     )
     problem: AgentError = Transient("it did not answer")
     charger, loop, firmly_at_s = None, asyncio.get_running_loop(), 0.0
+    until_s = loop.time() + SECONDS_MAX
     try:
-        async with asyncio.timeout(SECONDS_MAX):
-            while True:
+        async with asyncio.timeout_at(until_s):
+            # The clock is looked at too: a library may swallow the time-out's one cancellation.
+            while loop.time() < until_s:
                 try:
                     if charger is None:
                         charger = await open_to_stop(config, buses)
@@ -87,10 +89,11 @@ async def _made_safe(port: PortConfig, buses: Buses) -> AgentError | None:
                     return said_by_charger(error)
                 await asyncio.sleep(AGAIN_S)
     except TimeoutError:
-        return problem
+        pass  # `problem` says what was the matter until then
     finally:
         if charger is not None:
             await charger.close()
+    return problem
 
 
 async def _is_stopped(charger: Charger, *, firmly: bool) -> bool:

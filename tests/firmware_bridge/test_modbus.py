@@ -262,6 +262,28 @@ async def test_two_devices_on_one_port_share_one_owner():
             await second.read(1, 3, 10, 1)
 
 
+async def test_a_library_that_swallows_a_cancellation_does_not_keep_the_wire(monkeypatch):
+    """Would catch a stop that hangs: the owner was just being told that a connection failed (asyncio.wait_for, Python 3.11)."""
+    async with FaultySlave("tcp") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        serving = asyncio.Event()
+
+        async def deaf(_request):
+            serving.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise BridgeError("unreachable", "swallowed") from None
+
+        monkeypatch.setattr(bus, "_serve", deaf)
+        reading = asyncio.create_task(try_read(bus, 10, 1))
+        await serving.wait()
+        async with asyncio.timeout(5):
+            await bus.close()
+        await asyncio.wait({reading})
+
+
 async def test_two_who_come_at_once_share_one_wire():
     """Would catch two owners on one bus because both looked before either had opened it."""
     async with FaultySlave("rtu+tcp") as slave:

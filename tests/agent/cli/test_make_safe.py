@@ -14,6 +14,7 @@ from plug import eventually
 
 from agent.cli import make_safe
 from agent.errors import EXIT_DONE, EXIT_UNREACHABLE, Misconfigured, Refused, Transient
+from firmware_bridge.charger import BridgeError
 from firmware_bridge.mapped_charger import ChargerConfig, open_charger
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 
@@ -85,6 +86,24 @@ async def test_one_that_is_away_keeps_nobody_else_waiting_or_unsafe(tmp_path, im
                 await asked
     assert told.value.exit_code == EXIT_UNREACHABLE
     assert capsys.readouterr().out == "p0: NOT seen open\np1: open\np2: NOT seen open\n"
+
+
+async def test_a_library_that_swallows_the_time_out_does_not_make_it_endless(
+    tmp_path, impatient, monkeypatch
+):
+    """Would catch a stop that systemd must kill: on Python 3.11 asyncio.wait_for can turn a cancellation into a failure."""
+
+    async def deaf(*_):
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise BridgeError("unreachable", "swallowed") from None
+
+    monkeypatch.setattr(make_safe, "open_to_stop", deaf)
+    asked = asyncio.create_task(make_safe.make_all_safe(settings(tmp_path, NOWHERE), {}))
+    await asyncio.wait({asked}, timeout=make_safe.SECONDS_MAX + 2)
+    assert asked.done()
+    assert isinstance(asked.exception(), Transient)
 
 
 def test_it_ends_within_ten_seconds():
