@@ -33,6 +33,7 @@ COUNTER_STEP_MWH = 100  # the simulated meter counts tenths of a Wh
 UNIT = (ROOT / "config/v2v-agent.service").read_text()
 WATCHDOG_S = int(re.findall(r"^WatchdogSec=(\d+)$", UNIT, re.MULTILINE)[0])
 CREDIT = {"POLICY__MAX_UNACKED_WH": 4}
+PATIENT_CHAIN = {"CHAIN__CONFIRMATIONS": 8, "CHAIN__FINALITY": 8}  # settling lasts eight seconds
 NOT_FINAL = {"POLICY__MAX_UNFINAL_WH": 0, "CHAIN__FINALITY": 500}  # authorised, and waiting to be final
 
 pytestmark = pytest.mark.timeout(180)
@@ -132,7 +133,7 @@ def test_stopped_in_every_stage_of_one_session(stage):
     # Nobody signs: the rest flows on credit, and the stopped session waits for its last receipt.
     lives_until(Life.STOPPING)
     buying = "soon"
-    lives_until(Life.SETTLING, lambda agent: agent.has_row(ev.SettlementSigned), CHAIN__CONFIRMATIONS=8)
+    lives_until(Life.SETTLING, lambda agent: agent.has_row(ev.SettlementSigned), **PATIENT_CHAIN)
 
     agent = stage.agent(charger).started()
     assert buying.result(60).energy_wh_settled == 30
