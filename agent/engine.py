@@ -17,8 +17,9 @@ from agent.core import book as rules
 from agent.core.book import Book
 from agent.core.effects import Deliver, Effect
 from agent.core.events import DeliveryBegan, Event, StopDecided, StopReason
-from agent.core.live import Beat, Live, Policy, PortRead, Update, observe, offered
-from agent.core.session import STOPPABLE
+from agent.core.live import Beat, Live, Policy, PortRead, Update, moved, observe, offered
+from agent.core.session import CLOSED, STOPPABLE
+from agent.core.units import SessionId
 from agent.journal import Journal
 
 DUE_MAX = 256  # one update makes at most a few events due per session; more means two rules disagree for ever
@@ -60,11 +61,22 @@ class Engine:
             return False
         self._journal.append(event)
         before, self.book = self.book, after
-        if isinstance(event, DeliveryBegan):
-            self.live = offered(self.live, after.sessions[event.session_id].port or "")
+        self._follow(event, before)
         self._wake()
         self._told(event, before, after)
         return True
+
+    def _follow(self, event: Event, before: Book) -> None:
+        """What an event means for Live: where a wait begins, and that power is offered from here on."""
+        sid: SessionId | None = getattr(event, "session_id", None)
+        session = None if sid is None else self.book.sessions.get(sid)
+        if sid is None or session is None:
+            return
+        known = before.sessions.get(sid)
+        if known is None or known.stage is not session.stage:
+            self.live = moved(self.live, sid, self._monotonic_ms(), is_open=session.stage not in CLOSED)
+        if isinstance(event, DeliveryBegan):
+            self.live = offered(self.live, session.port or "")
 
     def observe(self, update: Update) -> None:
         """One look at the world; then everything that time or readings have made due is accepted."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.core.units import BlockHash
+from agent.core.units import BlockHash, SessionId
 
 SOC_JITTER_PERMILLE = 30  # two samples this near are one truth; a glitch (0 %, 1 %, 100 %) stands alone
 SOC_SAMPLE_GAP_MS = 1_500  # a device is asked for it once a second: nearer readings repeat the same sample
@@ -91,6 +91,9 @@ class Live:
     now_ms: int
     header: Header | None = None
     ports: Mapping[str, PortLive] = field(default_factory=dict)
+    stage_at_ms: Mapping[SessionId, int] = field(
+        default_factory=dict
+    )  # open sessions that moved in this life
 
     @property
     def at_s(self) -> int:
@@ -99,9 +102,11 @@ class Live:
             return self.started_at_s + (self.now_ms - self.started_at_ms) // 1000
         return self.header.timestamp_s + (self.now_ms - self.header.seen_at_ms) // 1000
 
-    def waited_s(self, since_s: int) -> int:
-        """For how long something has lasted while this life watched: a restart, or time that jumps over it, is no wait."""
-        return min(self.at_s - since_s, (self.now_ms - self.started_at_ms) // 1000)
+    def waited_s(self, sid: SessionId) -> int:
+        """For how long this life has watched the session in its stage. Never chain time: a head that comes after an outage
+        jumps over minutes in which nothing was waited for.
+        """
+        return (self.now_ms - self.stage_at_ms.get(sid, self.started_at_ms)) // 1000
 
     @property
     def view_age_s(self) -> int | None:
@@ -229,3 +234,9 @@ def offered(live: Live, port: str) -> Live:
     if port not in live.ports:
         return live
     return replace(live, ports={**live.ports, port: replace(live.ports[port], previous=None, offered=True)})
+
+
+def moved(live: Live, sid: SessionId, now_ms: int, *, is_open: bool) -> Live:
+    """Live from the moment a session enters another stage: waits in it count from here. Closed sessions are forgotten."""
+    kept = {other: at_ms for other, at_ms in live.stage_at_ms.items() if other != sid}
+    return replace(live, stage_at_ms={**kept, sid: now_ms} if is_open else kept)

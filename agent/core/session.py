@@ -10,7 +10,7 @@ Rules (DESIGN section 5; each has its test)
  7. A close on chain may come in any stage: power off first, then answer.
  8. Not seen open in time: firmer, then lock the port out, and still settle.
  9. After a restart power is never offered again before the contactor was seen open and the segment closed (`life`).
-10. Time is chain time: `live.at_s`.
+10. Time is chain time: `live.at_s`. How long something was *waited for* is this life's own clock: `live.waited_s`.
 
 Pure: events and Live come in, a new Session or the next due event goes out. An event without a row in TABLE changes nothing.
 """
@@ -357,14 +357,14 @@ def _due_paused(session: Session, live: Live, port_free: bool) -> Event | None: 
     if stop is not None:
         return stop
     why = hindrance(session, live)
-    if why is Hindrance.CREDIT and live.waited_s(session.stage_at_s) >= live.policy.receipt_timeout_s:
+    if why is Hindrance.CREDIT and live.waited_s(session.session_id) >= live.policy.receipt_timeout_s:
         return _stop(session, live, StopReason.TIMEOUT, "no receipt came")
     return _begin(session, live)
 
 
 def _due_stopping(session: Session, live: Live, port_free: bool) -> Event | None:  # noqa: ARG001
     assert session.port is not None
-    waited_s = live.waited_s(session.stage_at_s)
+    waited_s = live.waited_s(session.session_id)
     register_mwh = live.rest_register_mwh(session.port)
     if register_mwh is not None:
         delivered = session.energy_mwh_metered
@@ -391,7 +391,7 @@ def _due_orphaned(session: Session, live: Live, port_free: bool) -> Event | None
         register_mwh = live.rest_register_mwh(session.port)
         if register_mwh is not None:
             return ev.DeliveryPaused(live.at_s, session.session_id, register_mwh, "orphaned")
-        if live.waited_s(session.stage_at_s) >= live.policy.stop_deadline_s:
+        if live.waited_s(session.session_id) >= live.policy.stop_deadline_s:
             return _ended_unseen(session, live)
     if live.at_s >= session.terms.valid_until_s + live.policy.grace_s:
         return ev.SessionLapsed(live.at_s, session.session_id)

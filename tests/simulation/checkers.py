@@ -72,8 +72,10 @@ def row_is_entitled(world, row):
     promise(consumer is not None, "power for a session nobody has", ms=row.ms)
     promise(bool(consumer.presented_tokens), "power without a presented token", who=consumer.sref, ms=row.ms)
     known = [deep_s for token in consumer.presented_tokens if (deep_s := world.chain.deep_at_s.get(token))]
+    # By the newest block where none came since: nothing can have un-said it meanwhile.
+    now_s = min(world.chain_time_s(), world.chain.head.timestamp_s + BLOCK_S)
     promise(
-        known and world.chain_time_s() - max(known) <= BLOCK_S + blind_s(world) + world.stood_still_ms // 1000,
+        known and now_s - max(known) <= BLOCK_S + blind_s(world) + world.stood_still_ms // 1000,
         "power before its connect was deep on chain", who=consumer.sref, ms=row.ms,
     )  # fmt: skip
     promise(event.session_id not in world.intents, "power after the end intent", who=consumer.sref, ms=row.ms)

@@ -13,6 +13,9 @@ EVENINGS = {
         cars=(("left", Car()), ("right", Car())),
     ),
     "two at one port": Plan(orders=(Order(60), Order(60, start_s=10))),
+    "beside one who pauses": Plan(
+        orders=(Order(60, character=Character("never signs", signs_wh_max=0)), Order(60, start_s=10))
+    ),
     "a short token": Plan(
         orders=(Order(600, validity_s=190),), cars=(("left", Car(ev_current_ma_max=8_000)),)
     ),

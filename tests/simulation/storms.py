@@ -110,6 +110,7 @@ class Run:
     story: str
     sessions: int
     lives: int
+    power_cuts: int
     stranded: int
     label: str
     labels: tuple[str, ...]
@@ -129,8 +130,9 @@ def carried_out(name, plan, also=(), lines=60):
     used_s = time.process_time() - began_s
     labels = () if plan.cuts or plan.storm.calm_from_ms else outcome.labels
     return Run(
-        name, outcome.broken, story, outcome.sessions, outcome.lives, outcome.stranded, label, labels, used_s
-    )
+        name, outcome.broken, story, outcome.sessions, outcome.lives, outcome.power_cuts, outcome.stranded,
+        label, labels, used_s,
+    )  # fmt: skip
 
 
 def storm(seed):

@@ -8,6 +8,7 @@ from simulation.world import Plan, run
 
 EVENING = Plan(orders=(Order(30),))
 POINTS_MIN = 1_000
+IN_THE_LAST_STOP_MAX = 10  # the port calls of the orderly stop that ends the world: nobody starts it again
 
 
 def cut_at(point):
@@ -22,8 +23,12 @@ def test_no_single_crash_costs_a_wh(folder):
     calm = run(EVENING, folder, also=(checkers.nothing_is_lost,))
     assert not calm.broken, calm.story()
     assert calm.points >= POINTS_MIN
-    lives = 0
+    lives = power_cuts = 0
     for ended in on_all_cores(cut_at, range(1, calm.points + 1)):
         assert not ended.broken, f"point {ended.name} ({ended.label})\n{ended.story}"
         lives += ended.lives
-    assert lives == 2 * calm.points, "every point was reached, once"
+        power_cuts += ended.power_cuts
+    assert power_cuts == calm.points, "every point was reached, once"
+    assert lives >= 2 * calm.points - IN_THE_LAST_STOP_MAX, (
+        "the agent came back from every one but the last few"
+    )

@@ -6,6 +6,19 @@ from simulation.world import run
 
 SEEDS_IN_CI = 670  # three sessions each
 
+# What each once broke; the story test that tells it is in tests/agent.
+ONCE_RED = {
+    622: "the first head after an outage jumped over the stop deadline: a car ramping down was called stuck",
+    630: "the checker's mistake: while no blocks come, what was deep in the newest one stays deep",
+}
+
+
+@pytest.mark.parametrize("seed", ONCE_RED)
+def test_a_seed_that_was_red_stays_green(seed):
+    """Would catch an old mistake made again."""
+    ended = storm(seed)
+    assert not ended.broken, ended.story
+
 
 @pytest.mark.timeout(900)
 def test_no_storm_breaks_a_promise(request):

@@ -116,6 +116,7 @@ class Outcome:
     points: int
     labels: tuple[str, ...]
     lives: int
+    power_cuts: int
     sessions: int
     stranded: int
     lasted_s: int
@@ -573,6 +574,7 @@ class World:
             self.points,
             tuple(self.labels),
             self.lives,
+            self.power_cuts,
             len(self.consumers),
             self.stranded,
             self.now_ms() // 1000,

@@ -734,6 +734,18 @@ def test_rule_8_a_contactor_that_does_not_open_is_told_more_firmly_and_then_lock
     assert story.owed_of(SignSettlement)[0].energy_wh == 20
 
 
+def test_rule_8_a_head_that_jumps_over_minutes_shortens_no_wait():
+    """Storm 622: the first block after an outage moved chain time by 59 s; a car that was just ramping down was called stuck."""
+    story = (matched().passes(60) >> presents() >> records()).passes(5)
+    story.outlet.welded = True  # still ramping down
+    story = (story >> stops()).passes(1) >> head(at_s=story.at_s + 59)
+    assert story.stage is S.STOPPING
+    story.outlet.welded = False
+    story = (story.passes(3) >> receipt(12)).passes(3)
+    assert story.stage is S.SETTLING
+    assert story.session.end_seen_open
+
+
 def test_rule_8_a_contactor_that_does_not_open_for_a_pause_stops_the_session():
     """A pause that cannot be had is a stop."""
     story = delivering()
