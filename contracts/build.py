@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -106,7 +107,7 @@ def build(main_source: str) -> str:
                 "slot": int(item["slot"]),
                 "offset": item["offset"],
                 "label": item["label"],
-                "type": item["type"],
+                "type": re.sub(r"\)\d+(_storage)?", ")", item["type"]),  # without the compiler's own numbers
             }
             for item in contract["storageLayout"]["storage"]
         ],

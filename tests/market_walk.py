@@ -442,7 +442,7 @@ class Walk:
             edges = [a.closing - 1, connect_by + 1] if self.spoilt() else [a.closing, connect_by]
             self.at(*edges)
             energy = a.energy_wh + self.spoilt()
-            provider = provider if self.spoilt() or not a.rate else a.provider
+            provider = provider if self.random.random() < 0.25 or not a.rate else a.provider
         opened: list[bytes] = []
         data = c.encode_connect(Address(provider), energy)
         self.both(

@@ -173,13 +173,20 @@ interface IV2VCharging {
 
     // ----------------------------------------------------------------- events
 
+    /// @notice An EV may take part from now on.
     event EVAdded(address indexed ev, bytes32 info);
+    /// @notice An EV may begin nothing new from now on; what it began it can end.
     event EVRemoved(address indexed ev);
+    /// @notice The market was opened or paused.
     event StatusChanged(bool active);
+    /// @notice The value that came with a call was credited to its sender.
     event Deposited(address indexed account, uint256 amount);
+    /// @notice `account` took `amount` of its own ledger out, paid to `to`.
     event Withdrawn(address indexed account, address indexed to, uint256 amount);
+    /// @notice `account` named its operator (0: none) and how much it may lock in bonds at one time.
     event OperatorSet(address indexed account, address indexed operator, uint128 bondLimit);
 
+    /// @notice A consumer asks for energy; bids are possible before `closingTime`.
     event AuctionStarted(
         address indexed consumer,
         uint64 indexed auctionNonce,
@@ -189,6 +196,7 @@ interface IV2VCharging {
         uint64 tokenValiditySeconds,
         bytes32 terms
     );
+    /// @notice `provider` leads; `closingTime` may have moved (soft close).
     event BidPlaced(
         address indexed consumer,
         uint64 indexed auctionNonce,
@@ -199,6 +207,7 @@ interface IV2VCharging {
     /// @notice The bidding is over; `provider == 0`: nobody bid, the consumer is refunded and the auction is free.
     /// @dev Time ends an auction, this only says so: with a winner it can be announced again, so read it idempotently.
     event AuctionEnded(address indexed consumer, uint64 indexed auctionNonce, address indexed provider, uint128 rate);
+    /// @notice The auction is free again and both sides have their money back.
     event AuctionCancelled(address indexed consumer, uint64 indexed auctionNonce);
 
     /// @notice The paper's event. `validity` is the absolute expiry.
@@ -218,10 +227,14 @@ interface IV2VCharging {
         uint64 issuedAt,
         uint64 validity
     );
+    /// @notice The claim rose to a receipt's amount.
     event ReceiptAccepted(bytes32 indexed token, address indexed consumer, address indexed provider, uint64 claimedWh);
+    /// @notice The consumer conceded `claimedWh`; until `closeAt` a receipt can raise it, from then on anyone may
+    /// settle.
     event ConnectionClosing(
         bytes32 indexed token, address indexed consumer, address indexed provider, uint64 claimedWh, uint64 closeAt
     );
+    /// @notice Paid, once and for ever: `fee` and the bond to the provider, the rest of the deposit to the consumer.
     event ConnectionEnded(
         bytes32 indexed token, address indexed consumer, address indexed provider, uint64 deliveredWh, uint256 fee
     );
@@ -308,14 +321,21 @@ interface IV2VCharging {
     /// @notice Would `deliveredWh` be accepted for this open session? The predicate a provider must mirror.
     function isReceiptValid(bytes32 token, uint64 deliveredWh, Ack calldata ack) external view returns (bool);
 
+    /// @notice The open session of a token; all zero without one.
     function sessions(bytes32 token) external view returns (Session memory);
+    /// @notice The consumer's auction; all zero but the nonce without one.
     function auctions(address consumer) external view returns (Auction memory);
+    /// @notice How many auctions this consumer has started.
     function auctionNonce(address consumer) external view returns (uint64);
+    /// @notice What the account can withdraw, or spend on deposits and bonds.
     function balances(address account) external view returns (uint256);
+    /// @notice May this account start auctions, bid and connect?
     function isEV(address account) external view returns (bool);
+    /// @notice What the organisation registered of an EV.
     /// @return info the commitment given to `addEV`, 0 if not registered
     /// @return addedAt when it was registered, 0 if not registered
     function evInfo(address ev) external view returns (bytes32 info, uint64 addedAt);
+    /// @notice The account's hot key and its limit.
     /// @return operator the account's operator, 0 without one
     /// @return bondLimit how much the operator may lock in bonds at one time
     /// @return bondLocked how much of it is locked now

@@ -20,7 +20,7 @@ import {AccountWord, AuctionWord, OperatorWord, RulesWord, SessionWord, Words} f
 ///   what the contract holds, so each fits 96 bits;
 /// * energy < 2**24 Wh (16.7 MWh) and rate < 2**64 wei per kWh (18.4 coins), so a cost is below 2**79 wei;
 /// * times of auctions < 2**32 (year 2106), token validity < 2**18 s, soft closes < 2**3.
-/// That is why sums inside a word are unchecked; test/Conservation.t.sol and test/Proofs.t.sol hold them to it.
+/// That is why sums inside a word are unchecked: test/Proofs.t.sol proves it, test/Invariants.t.sol holds it to it.
 contract V2VCharging is IV2VCharging, Ownable2Step {
     // ---------------------------------------------------------------- storage
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,43 @@ def test_rebuilding_gives_the_same_bytes(capsys):
     if not (FOLDER / "node_modules" / "solc").exists():
         pytest.skip("contracts/node_modules is missing: run `npm ci` in contracts/")
     assert build.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.timeout(240)
+def test_another_directory_gives_the_same_bytes(tmp_path):
+    """Would catch a path, a time or a user's name in the artefact: whoever builds it, wherever, gets these bytes."""
+    if shutil.which("node") is None or not (FOLDER / "node_modules" / "solc").exists():
+        pytest.skip("node or contracts/node_modules is missing: the artefact is not rebuilt here")
+    elsewhere = tmp_path / "some" / "where else"
+    for part in ("src", "test", "tools"):
+        shutil.copytree(FOLDER / part, elsewhere / part)
+    for part in ("build.py", "foundry.toml"):
+        shutil.copy(FOLDER / part, elsewhere / part)
+    (elsewhere / "node_modules").symlink_to(FOLDER / "node_modules")
+    done = subprocess.run(
+        [sys.executable, elsewhere / "build.py"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("V2VCharging.json", "test/Reference.json"):
+        assert (elsewhere / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+def test_the_artefact_says_all_there_is_to_say():
+    """Would catch an artefact from which somebody else could not rebuild, verify or decode the market."""
+    artefact = load_artefact()
+    assert artefact.compiler.startswith("0.8.37+commit.")
+    assert (artefact.settings["evmVersion"], artefact.settings["viaIR"]) == ("paris", True)
+    assert artefact.deployed_bytecode in artefact.bytecode, (
+        "no metadata, no arguments: the code as it will lie there"
+    )
+    assert {entry["type"] for entry in artefact.abi} == {"constructor", "error", "event", "function"}
+    assert {item["label"] for item in artefact.storage_layout} == {
+        "_owner", "_pendingOwner", "status", "_nextIndex", "_accounts", "_operators", "_infos", "_evAt", "_auctions",
+        "_sessions",
+    }  # fmt: skip
+    assert artefact.immutable_references, (
+        "the market's rules are immutables: one word, masked when code is compared"
+    )
 
 
 def test_deployed_code_matches_whatever_the_market_parameters_are():
