@@ -2,11 +2,13 @@
 
 Rules (BRIDGE, the wire)
 * pymodbus takes a late reply as the answer to any next request, even a late *read* as the acknowledgement of
-  a STOP. So one function, `check_reply`, judges every reply: type, function code, device id, length, echoed
-  address and value.
+  a STOP. So it only connects and carries bytes; `frames.py` writes the questions and judges every answer.
+* An answer is one frame and nothing else: on a serial line it is believed only after the silence that ends a frame.
 * After any time-out or rejected reply the bus stays silent until nothing came for max(turnaround, 0.5 s).
-* One owner task per bus takes requests from a priority queue, STOP first. Each request has its own deadline.
-* The library retries nothing. We retry reads only; whoever writes decides for himself, after a read-back.
+* One owner task per bus takes requests by priority, STOP first, and chooses only when the bus may speak again.
+* Nothing is repeated but reads, once; whoever writes decides for himself, after a read-back.
+* An adapter that repeats our own words (local echo) is found out by the first read and its echo taken off from then
+  on. Until then a write may be "acknowledged" by its own echo: another reason to read back.
 * A connection is made here and nowhere else; a client object that failed is thrown away.
 
 May not know: device maps, quantities, charging, the agent.
@@ -18,6 +20,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import heapq
 import itertools
 import logging
 import os
@@ -29,18 +32,20 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from pymodbus import FramerType, ModbusException
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
-from pymodbus.pdu import ExceptionResponse, ModbusPDU
-from pymodbus.pdu import bit_message as bits
-from pymodbus.pdu import register_message as words
 
+from firmware_bridge import frames
 from firmware_bridge.charger import BridgeError, MapError
+from firmware_bridge.frames import Asked
 
 # pymodbus reports every faulty frame at ERROR; here faulty frames are daily business and become named errors.
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
 
 QUARANTINE_S = 0.5  # BRIDGE rule 2
+_HEARD_BYTES_MAX = (
+    1024  # an echo and an answer are 520 bytes at most; a babbling line does not fill the memory
+)
+_CHUNK_BYTES_MAX = 1 << 20  # what one read of the system may bring; the library would drop longer ones unseen
 _QUEUE_MAX = 64  # requests waiting: a caller gone wild is told so instead of filling the memory
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # between attempts to connect (BRIDGE rule 4: at most 2 s)
 _SILENT_MAX = 2  # unanswered requests before the connection is thrown away (half-open TCP, hung adapter)
@@ -132,88 +137,6 @@ class Timing:
     gap_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked for: everything a reply is held against."""
-
-    fc: int
-    device_id: int
-    address: int
-    count: int
-    words: tuple[int, ...] = ()  # what was written; empty for a read
-
-
-_REPLY_TYPES: dict[int, type[ModbusPDU]] = {
-    1: bits.ReadCoilsResponse,
-    2: bits.ReadDiscreteInputsResponse,
-    3: words.ReadHoldingRegistersResponse,
-    4: words.ReadInputRegistersResponse,
-    5: bits.WriteSingleCoilResponse,
-    6: words.WriteSingleRegisterResponse,
-    16: words.WriteMultipleRegistersResponse,
-}
-
-
-def check_reply(reply: ModbusPDU, asked: Asked, transaction_id: int | None) -> tuple[int, ...]:
-    """The words of a read reply, `()` for a write, once every field agrees with the question.
-
-    `transaction_id` is what the request carried, None where the wire has none (RTU). Raises BridgeError
-    `exception_N` for the device's own refusal and `wrong_reply` for everything that is not the answer to this
-    question.
-    """
-    if reply.dev_id != asked.device_id:
-        raise BridgeError("wrong_reply", f"asked device {asked.device_id}, device {reply.dev_id} answered")
-    if transaction_id is not None and reply.transaction_id != transaction_id:
-        raise BridgeError("wrong_reply", f"transaction {reply.transaction_id} instead of {transaction_id}")
-    if isinstance(reply, ExceptionResponse):
-        if reply.function_code & 0x7F != asked.fc:
-            raise BridgeError(
-                "wrong_reply", f"an exception to function {reply.function_code & 0x7F}, asked {asked.fc}"
-            )
-        raise BridgeError(
-            f"exception_{reply.exception_code}", _exception_meaning(reply.exception_code, asked)
-        )
-    if type(reply) is not _REPLY_TYPES[asked.fc] or reply.function_code != asked.fc:
-        raise BridgeError("wrong_reply", f"function {reply.function_code} answered, asked {asked.fc}")
-    if asked.fc in (1, 2):
-        if len(reply.bits) != (asked.count + 7) // 8 * 8:
-            raise BridgeError("wrong_reply", f"{len(reply.bits)} bits came, asked {asked.count}")
-        return tuple(int(bit) for bit in reply.bits[: asked.count])
-    if asked.fc in (3, 4):
-        if len(reply.registers) != asked.count:
-            raise BridgeError("wrong_reply", f"{len(reply.registers)} registers came, asked {asked.count}")
-        return tuple(reply.registers)
-    _check_echo(reply, asked)
-    return ()
-
-
-def _check_echo(reply: ModbusPDU, asked: Asked) -> None:
-    if reply.address != asked.address:
-        raise BridgeError("wrong_reply", f"address {reply.address} echoed, wrote {asked.address}")
-    if asked.fc == 16:
-        if reply.count != asked.count:
-            raise BridgeError("wrong_reply", f"{reply.count} registers acknowledged, wrote {asked.count}")
-        return
-    echoed = int(reply.bits[0]) if asked.fc == 5 else reply.registers[0]
-    if echoed != asked.words[0]:
-        raise BridgeError("wrong_reply", f"value {echoed} echoed, wrote {asked.words[0]}")
-
-
-def _exception_meaning(code: int, asked: Asked) -> str:
-    meanings = {
-        1: "the device does not know this function code",
-        2: "the device has no such address",
-        3: "the device refuses this value",
-        4: "the device failed while answering",
-        6: "the device is busy",
-        10: "the gateway has no path to the device",
-        11: "the gateway got no answer from the device; check the device id",
-    }
-    what = meanings.get(code, "the device refused")
-    asked_for = f"function {asked.fc}, address {asked.address}, count {asked.count}, device {asked.device_id}"
-    return f"{what} ({asked_for})"
-
-
 @dataclass(order=True, slots=True)
 class _Request:
     priority: int
@@ -221,6 +144,82 @@ class _Request:
     asked: Asked = field(compare=False)
     deadline_s: float = field(compare=False)
     answer: asyncio.Future[tuple[int, ...]] = field(compare=False)
+
+
+class _Listening:
+    """Everything heard since one question was put. `ended` is done when that is a whole frame, or no answer any more."""
+
+    def __init__(self, asked: Asked, transaction_id: int | None, *, echoes: bool) -> None:
+        self.asked = asked
+        self.question = (
+            frames.rtu_frame(asked) if transaction_id is None else frames.tcp_frame(asked, transaction_id)
+        )
+        self.heard = b""
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.surplus = 0  # bytes behind the answer
+        self._transaction_id = transaction_id
+        self._echoes = echoes
+
+    def hear(self, data: bytes) -> None:
+        """Bytes came. They may come after `ended` too: then they are seen by `verdict`."""
+        self.heard = (self.heard + data)[:_HEARD_BYTES_MAX]
+        if self.ended.done():
+            return
+        try:
+            answer = self._answer()
+            size = self._size(answer)
+        except BridgeError:
+            self.ended.set_result(None)  # `verdict` will say why
+        else:
+            if size and len(answer) >= size:
+                self.ended.set_result(None)
+
+    def end(self, error: Exception) -> None:
+        """There will be no answer."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+    def verdict(self) -> tuple[int, ...]:
+        """The words that were asked for; BridgeError `wrong_reply` or `exception_N` if that is not what came."""
+        answer = self._answer()
+        size = self._size(answer)
+        if not size or len(answer) < size:
+            raise BridgeError(
+                "wrong_reply", f"{len(answer)} bytes came, and then nothing: {answer[:16].hex(' ')}"
+            )
+        self.surplus = len(answer) - size
+        if self._transaction_id is not None:
+            return frames.open_tcp(answer[:size], self.asked, self._transaction_id)
+        if self.surplus:
+            raise BridgeError("wrong_reply", f"{self.surplus} bytes too many came; is there a second master?")
+        return frames.open_rtu(answer, self.asked)
+
+    @property
+    def is_echoed(self) -> bool:
+        """True when our own words came back, which no device can say in answer to this question."""
+        echo_tells = self._transaction_id is None and not self.asked.echo_is_answer
+        return echo_tells and self.heard.startswith(self.question)
+
+    @property
+    def is_answered(self) -> bool:
+        """True when anything came that was not our own echo."""
+        return bool(self.heard) and not (self._echoes and self.question.startswith(self.heard))
+
+    def _answer(self) -> bytes:
+        if not self._echoes or not self.heard:
+            return self.heard
+        if self.heard.startswith(self.question):
+            return self.heard[len(self.question) :]
+        if self.question.startswith(self.heard):
+            return b""
+        raise BridgeError(
+            "wrong_reply", "the adapter's echo of our own words is missing or was bent on the line"
+        )
+
+    def _size(self, answer: bytes) -> int:
+        if self._transaction_id is None:
+            return frames.rtu_size(answer, self.asked)
+        return frames.tcp_size(answer)
 
 
 class Bus:
@@ -236,12 +235,14 @@ class Bus:
         self.timing = timing or Timing()
         self.rejected = 0  # replies that were not believed; for the commissioning report and tests
         self._client: AsyncModbusTcpClient | AsyncModbusSerialClient | None = None
-        self._queue: asyncio.PriorityQueue[_Request] = asyncio.PriorityQueue(_QUEUE_MAX)
+        self._waiting: list[_Request] = []  # a heap
+        self._wanted = asyncio.Event()  # set while somebody waits
         self._owner: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         self._varied = itertools.count()
-        self._asking = False
-        self._last_byte_s = 0.0
+        self._transaction_ids = itertools.count(1)  # goes on through a reconnect: a gateway may remember
+        self._listening: _Listening | None = None
+        self._echoes = False
         self._silent_until_s = 0.0
         self._unanswered = 0
         self._failed_connects = 0
@@ -277,7 +278,7 @@ class Bus:
                 return (await self._ask(Asked(fc, device_id, address, longer), priority))[:count]
             except BridgeError as exc:
                 last = exc
-                if exc.name not in ("timeout", "wrong_reply"):
+                if exc.name not in ("timeout", "wrong_reply", "unplugged"):
                     break
         assert last is not None
         raise last
@@ -302,34 +303,38 @@ class Bus:
                 self._owner.cancel()
                 await asyncio.wait({self._owner}, timeout=_CANCEL_EVERY_S)
             self._owner = None
-        while not self._queue.empty():
-            self._fail(self._queue.get_nowait(), BridgeError("closed", f"{self.wire} was closed"))
+        while self._waiting:
+            self._fail(self._waiting.pop(), BridgeError("closed", f"{self.wire} was closed"))
         self._drop()
 
     # -------------------------------------------------------------- the owner
     async def _ask(self, asked: Asked, priority: Priority) -> tuple[int, ...]:
         if self._owner is None or self._owner.done():
             raise BridgeError("closed", f"{self.wire} is not open")
+        if len(self._waiting) >= _QUEUE_MAX:
+            raise BridgeError("bus_busy", f"{_QUEUE_MAX} requests wait for {self.wire}; poll it less often")
         loop = asyncio.get_running_loop()
         # Long enough for a request ahead of us, its quarantine and a reconnect; older ones are dropped.
         patience_s = 2 * self._request_timeout_s + 2 * self._quarantine_s + 2.0
         request = _Request(
             priority, next(self._numbers), asked, loop.time() + patience_s, loop.create_future()
         )
-        try:
-            self._queue.put_nowait(request)
-        except asyncio.QueueFull:
-            raise BridgeError(
-                "bus_busy", f"{_QUEUE_MAX} requests wait for {self.wire}; poll it less often"
-            ) from None
+        heapq.heappush(self._waiting, request)
+        self._wanted.set()
         return await request.answer
 
     async def _own(self) -> None:
         while True:
-            request = await self._queue.get()
+            await self._wanted.wait()
+            noise = await self._be_silent()  # first, so that a STOP that comes meanwhile is the one chosen
+            request = heapq.heappop(self._waiting)
+            if not self._waiting:
+                self._wanted.clear()
             if request.answer.done():
                 continue  # the caller gave up
             try:
+                if noise is not None:
+                    raise noise
                 result = await self._serve(request)
             except BridgeError as exc:
                 self._fail(request, exc)
@@ -346,7 +351,6 @@ class Bus:
             request.answer.set_exception(error)
 
     async def _serve(self, request: _Request) -> tuple[int, ...]:
-        await self._be_silent()
         if asyncio.get_running_loop().time() > request.deadline_s:
             raise BridgeError("timeout", f"{self.wire} was busy with other requests for too long")
         await self._connect(urgent=request.priority == Priority.STOP)
@@ -359,54 +363,53 @@ class Bus:
             raise
 
     async def _exchange(self, asked: Asked) -> tuple[int, ...]:
-        client = self._client
-        assert client is not None
-        self._asking = True
+        """One question, one answer; whatever was heard in between belongs to it."""
+        assert self._client is not None
+        transaction_id = next(self._transaction_ids) & 0xFFFF if self.wire.kind == "tcp" else None
+        listening = self._listening = _Listening(asked, transaction_id, echoes=self._echoes)
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(self._request_timeout_s, listening.end, TimeoutError())
         try:
-            # The library's own deadline is the inner one; this one catches a library that forgot it.
-            async with asyncio.timeout(self._request_timeout_s + 0.2):
-                reply = await self._send(client, asked)
-        except (TimeoutError, ModbusException) as exc:
-            self._unanswered += 1
-            if self._unanswered >= _SILENT_MAX:
-                self._drop()
+            self._client.ctx.send(listening.question)
+            await listening.ended
+            self._silent_until_s = loop.time() + self._gap_s
+            if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
+                await asyncio.sleep(gap_s)
+            result = listening.verdict()
+        except TimeoutError as exc:
+            self._unanswered_by(listening)
             raise BridgeError("timeout", self._timeout_meaning(asked)) from exc
         except (OSError, termios.error) as exc:  # SerialException is an OSError, termios.error is not
             self._drop()
             raise BridgeError("unplugged", f"{self.wire} went away: {exc}") from exc
-        finally:
-            self._asking = False
-            self._silent_until_s = asyncio.get_running_loop().time() + self._gap_s
-        transaction_id = client.ctx.request_transaction_id if self.wire.kind == "tcp" else None
-        try:
-            result = check_reply(reply, asked, transaction_id)
         except BridgeError as exc:
+            self._unanswered = 0
             if not exc.name.startswith("exception_"):
                 self.rejected += 1
+                self._learn_echo(listening)
             raise
         finally:
-            self._unanswered = 0
+            expiry.cancel()
+            self._listening = None
+        self._unanswered = 0
+        if listening.surplus:
+            self._quarantine()  # somebody talks unasked
         return result
 
-    async def _send(self, client: AsyncModbusTcpClient | AsyncModbusSerialClient, asked: Asked) -> ModbusPDU:
-        a, d, n, w = asked.address, asked.device_id, asked.count, asked.words
-        match asked.fc:
-            case 1:
-                return await client.read_coils(a, count=n, device_id=d)
-            case 2:
-                return await client.read_discrete_inputs(a, count=n, device_id=d)
-            case 3:
-                return await client.read_holding_registers(a, count=n, device_id=d)
-            case 4:
-                return await client.read_input_registers(a, count=n, device_id=d)
-            case 5:
-                return await client.write_coil(a, bool(w[0]), device_id=d)
-            case 6:
-                return await client.write_register(a, w[0], device_id=d)
-            case 16:
-                return await client.write_registers(a, list(w), device_id=d)
-            case _:
-                raise ValueError(f"function code {asked.fc} is none of ours")
+    def _unanswered_by(self, listening: _Listening) -> None:
+        """Nothing, or less than an answer, came in time."""
+        self._learn_echo(listening)
+        self._unanswered = 0 if listening.is_answered else self._unanswered + 1
+        if listening.is_answered:
+            self.rejected += 1
+        if self._unanswered >= _SILENT_MAX:
+            self._drop()
+
+    def _learn_echo(self, listening: _Listening) -> None:
+        if listening.is_echoed:
+            self._echoes = True
+        elif listening.heard and not listening.question.startswith(listening.heard):
+            self._echoes = False  # another adapter, or the old one set right
 
     # -------------------------------------------------------------- silence
     @property
@@ -424,23 +427,36 @@ class Bus:
     def _quarantine(self) -> None:
         self._silent_until_s = asyncio.get_running_loop().time() + self._quarantine_s
 
-    async def _be_silent(self) -> None:
-        """Wait until nothing was owed or heard for long enough; bytes nobody asked for restart the wait."""
+    async def _be_silent(self) -> BridgeError | None:
+        """Wait until nothing was owed or heard for long enough; bytes nobody asked for restart the wait.
+
+        The error, if the line never falls silent.
+        """
         loop = asyncio.get_running_loop()
         for _ in range(_QUARANTINES_MAX):
             wait_s = self._silent_until_s - loop.time()
             if wait_s <= 0:
-                return
+                return None
             await asyncio.sleep(wait_s)
         self._drop()
-        raise BridgeError(
+        return BridgeError(
             "bus_noisy", f"{self.wire} does not fall silent; is there a second master, or a wrong baud rate?"
         )
 
-    def _heard(self, sending: bool, data: bytes) -> bytes:
-        if not sending and not self._asking:
+    def _heard(self, _sending: bool, data: bytes) -> bytes:
+        """The library's ear, and ours: it keeps nothing of what came."""
+        if self._client is not None:
+            self._client.ctx.recv_buffer = b""
+        if self._listening is None:
             self._quarantine()
-        return data
+        else:
+            self._listening.hear(data)
+        return b""
+
+    def _lost(self, connected: bool) -> None:
+        """The library lost the connection (or made one): whoever listens is told now, not after his time-out."""
+        if not connected and self._listening is not None:
+            self._listening.end(ConnectionError("the other side closed the connection"))
 
     # -------------------------------------------------------------- connecting
     async def _connect(self, *, urgent: bool) -> None:
@@ -460,8 +476,10 @@ class Bus:
         if not connected:
             self._connect_failed()
             raise _why_unreachable(self.wire)
+        self._client.ctx.max_buffer_size = _CHUNK_BYTES_MAX
         self._failed_connects = 0
         self._unanswered = 0
+        self._echoes = False  # it may be another adapter
 
     def _connect_failed(self) -> None:
         self._drop()
@@ -481,15 +499,16 @@ class Bus:
                 retries=0,
                 reconnect_delay=0,  # we reconnect ourselves, with a fresh object
                 trace_packet=self._heard,
+                trace_connect=self._lost,
             )
         return AsyncModbusTcpClient(
             wire.host,
             port=wire.port,
-            framer=FramerType.SOCKET if wire.kind == "tcp" else FramerType.RTU,
             timeout=self._request_timeout_s,
             retries=0,
             reconnect_delay=0,
             trace_packet=self._heard,
+            trace_connect=self._lost,
         )
 
     def _drop(self) -> None:
@@ -546,7 +565,7 @@ class Buses:
     """The buses of one process: two devices on the same port or host share one owner task."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[Bus, int]] = {}
+        self._users: dict[Bus, int] = {}
         self._opening: dict[str, asyncio.Lock] = {}  # two who come at once must not each open one
 
     async def lease(self, wire: Wire, timing: Timing) -> Bus:
@@ -554,10 +573,13 @@ class Buses:
         back by `release`.
         """
         async with self._opening.setdefault(wire.bus_key, asyncio.Lock()):
-            return await self._lease(wire, timing)
+            bus = await self._opened(wire, timing)
+            self._users[bus] = self._users.get(bus, 0) + 1
+            return bus
 
-    async def _lease(self, wire: Wire, timing: Timing) -> Bus:
-        bus, users = self._open.get(wire.bus_key, (None, 0))
+    async def _opened(self, wire: Wire, timing: Timing) -> Bus:
+        # Keys are compared anew each time: an adapter that was plugged in again has another name behind its link.
+        bus = next((bus for bus in self._users if bus.wire.bus_key == wire.bus_key), None)
         if bus is None:
             bus = Bus(wire, timing)
             await bus.open()
@@ -571,15 +593,12 @@ class Buses:
                 max(bus.timing.turnaround_ms, timing.turnaround_ms),
                 max(bus.timing.gap_ms, timing.gap_ms),
             )
-        self._open[wire.bus_key] = (bus, users + 1)
         return bus
 
     async def release(self, bus: Bus) -> None:
         """Give a leased bus back; the last one closes it."""
-        key = bus.wire.bus_key
-        held, users = self._open.get(key, (bus, 1))
-        if users <= 1:
-            self._open.pop(key, None)
-            await held.close()
+        users = self._users.pop(bus, 1)
+        if users > 1:
+            self._users[bus] = users - 1
         else:
-            self._open[key] = (held, users - 1)
+            await bus.close()
