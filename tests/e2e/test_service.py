@@ -22,7 +22,7 @@ from agent.chain import contract
 from agent.core import events as ev
 from agent.core.session import Stage as Life
 from agent.core.units import cost_wei_floor
-from agent.errors import EXIT_DONE, EXIT_MISCONFIGURED
+from agent.errors import EXIT_DONE, EXIT_MISCONFIGURED, EXIT_REFUSED
 
 FAILSAFE_S = 2  # as the stage sets it
 FAILSAFE_MS_MAX = int(1000 * (FAILSAFE_S + TRUTH_EVERY_S)) + 250  # a quarter second for a busy machine
@@ -139,6 +139,54 @@ def test_stopped_in_every_stage_of_one_session(stage):
     assert buying.result(60).energy_wh_settled == 30
     assert_settled_exactly(stage, agent, charger, 30)
     assert stage.nonce(stage.provider.operator) == nonce + 1
+
+
+# ---- the owner
+
+
+def v2v(*words):
+    """One `v2v` command of the owner's; the process when it has ended."""
+    return subprocess.run(
+        (sys.executable, "-m", "agent", *map(str, words)), capture_output=True, text=True, timeout=60, check=False
+    )  # fmt: skip
+
+
+def test_the_owner_stops_a_sale_and_proves_it_to_anybody(stage):
+    """Would catch an owner who cannot get out of a sale, a sale that is then not paid, and evidence that proves nothing."""
+    charger = stage.charger()
+    agent = stage.agent(charger).started()
+    journey = stage.journey()
+    stage.matched(journey, 400)
+    buying = stage.at_the_plug(journey, http=True)
+    eventually(lambda: agent.delivered_wh() >= 5, 60, "energy flows")
+    config = stage.config(charger.wire)
+    told = v2v("provider", "stop", "--config", config)
+    assert told.returncode == EXIT_DONE, told.stderr
+    asked_at_ms = now_ms()
+    assert zero_after(charger, asked_at_ms)
+    summary = buying.result(60)
+    session = assert_settled_exactly(stage, agent, charger, summary.energy_wh_settled)
+    assert session.stop_reason == ev.StopReason.LOCAL
+    assert 5 <= summary.energy_wh_settled < 400
+    assert agent.is_running  # it goes on: the next buyer may come
+    operator = stage.provider.operator.address.hex()
+
+    folder = stage.folder / "evidence"
+    folder.mkdir()
+    exported = v2v("provider", "export", "--all", "--out", folder, "--config", config)
+    assert exported.returncode == EXIT_DONE, exported.stderr
+    (file,) = folder.iterdir()
+    proven = v2v("verify", file, "--operator", f"0x{operator}")
+    assert proven.returncode == EXIT_DONE, proven.stdout + proven.stderr
+    assert "NOT PROVEN" not in proven.stdout
+    honest = file.read_text()
+    wh = f'"energy_wh_settled": {summary.energy_wh_settled}'
+    assert wh in honest
+    file.write_text(honest.replace(wh, f'"energy_wh_settled": {summary.energy_wh_settled + 1}'))
+    refused = v2v("verify", file, "--operator", f"0x{operator}")
+    assert refused.returncode == EXIT_REFUSED
+    assert "NOT PROVEN" in refused.stdout
+    assert agent.stop() == EXIT_DONE
 
 
 # ---- SIGSTOP: a daemon that hangs

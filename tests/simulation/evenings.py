@@ -14,7 +14,7 @@ EVENINGS = {
     ),
     "two at one port": Plan(orders=(Order(60), Order(60, start_s=10))),
     "beside one who pauses": Plan(
-        orders=(Order(60, character=Character("never signs", signs_wh_max=0)), Order(60, start_s=10))
+        orders=(Order(60), Order(60, start_s=10, character=Character("never signs", signs_wh_max=0)))
     ),
     "a short token": Plan(
         orders=(Order(600, validity_s=190),), cars=(("left", Car(ev_current_ma_max=8_000)),)

@@ -4,9 +4,6 @@ import pytest
 from simulation.reorgs import every, reorged_at
 from simulation.storms import on_all_cores
 
-# Its time on a quiet two-core machine is not known yet: until it is, it stays out of the half hour that CI has.
-pytestmark = pytest.mark.long
-
 
 @pytest.mark.timeout(600)
 def test_no_single_reorganisation_costs_anything(request):

@@ -14,10 +14,6 @@ from simulation.reorgs import every, reorged_at
 from simulation.storms import carried_out, on_all_cores, storm
 from simulation.world import Car, Plan
 
-# Its time on a quiet two-core machine is not known yet: until it is, it stays out of the half hour that CI has.
-pytestmark = pytest.mark.long
-
-
 CALM = Plan(orders=(Order(30),), cars=(("left", Car(step_mwh=100)),))
 STORMS_MAX = 25
 REORG_STEP_S = 12
