@@ -32,6 +32,7 @@ _REACTED_PERMILLE = 50  # the car has reacted once power fell by this much of th
 _STEP_RESERVE_MWH_MAX = (
     10_000  # a coarse counter (100 Wh) is not waited for at the minimum: that would take minutes
 )
+_JITTER_MS = 100  # no box and no car answers twice after the very same time; counting on it would end short
 _SETTLED_READINGS = 2  # equal readings, seen open, before a short end counts as short
 
 
@@ -133,7 +134,8 @@ class StopPlanner:
         if way_w <= 0 or self._taper_from_w - reading.power_w < way_w * _REACTED_PERMILLE // 1000:
             return
         self._reacted = True
-        self._reaction_low_ms = max(0, min(self._at_ms - self._offer_since_ms, self.model.reaction_ms))
+        seen_ms = min(self._at_ms - self._offer_since_ms, self.model.reaction_ms)
+        self._reaction_low_ms = max(0, seen_ms - _JITTER_MS)
 
     def _count_settled(self, reading: Reading) -> None:
         same = (
