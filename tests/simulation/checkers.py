@@ -144,19 +144,24 @@ def sessions_and_escrows_end(world):
 
 
 def at_most_one_settlement(world):
-    """Per session one transaction of ours in the canonical chain, at most, and never one that failed for our own mistake."""
-    seen = {}
+    """Per session one settlement of ours in the canonical chain, at most; and none that failed for our own mistake: only because
+    the consumer ended first, or a reorganisation put it before its `connect`.
+    """
+    settled, failed = {}, {}
     for block, mined in world.chain.mined():
         if mined.tx.sender != world.chain.market.operator:
             continue
         token = mined.tx.data[4:36]
         promise(
-            token not in seen,
-            "two settlements of one session were mined",
-            first=seen.get(token),
-            second=block.number,
-        )
-        seen[token] = block.number
+            not mined.succeeded or token not in settled,
+            "two settlements of one session were mined", first=settled.get(token), second=block.number,
+        )  # fmt: skip
+        (settled if mined.succeeded else failed)[token] = block.number
+    twice = settled.keys() & failed.keys()
+    promise(
+        not twice or world.was_reorged,
+        "a settlement was sent twice", mined=[settled[token] for token in twice], failed=[failed[token] for token in twice],
+    )  # fmt: skip
 
 
 def settled_is_what_was_acknowledged(world):
