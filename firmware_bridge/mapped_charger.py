@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from firmware_bridge.charger import BridgeError, Charger, Identity, Limits, MapError, PilotState, Reading
-from firmware_bridge.device_map import DeviceMap, Point, Value, load_map
+from firmware_bridge.device_map import PROOFS, DeviceMap, Point, Proof, Sunspec, Value, load_map
 from firmware_bridge.modbus import Bus, Buses, Priority, Timing, parse_wire
 from firmware_bridge.plausibility import Bounds, Plausibility
 from firmware_bridge.registers import EncodeError
@@ -43,6 +43,9 @@ _HOLD_ATTEMPTS = 3
 _HOLD_CHECK_MS = 1_000  # a hold that was verified is looked at again this often, not written again
 _PILOT_STATES: dict[str, PilotState] = {"A": "A", "B": "B", "C": "C", "D": "D", "E": "E", "F": "F"}
 _CUT_OFF_S = 5.0  # an external cut-off that takes longer has failed
+_SUNS = (0x5375, 0x6E53)  # "SunS": here begins a list of SunSpec models
+_SUNSPEC_END = 0xFFFF
+_SUNSPEC_MODELS_MAX = 64  # a list that never ends is no list
 
 
 class MeterConfig(BaseModel):
@@ -94,54 +97,113 @@ class _Device:
         self.map = device_map
         self.bus = bus
         self.device_id = device_id
+        self.grain: dict[str, int] = {}  # how fine each counter was when it was last read
+        self._starts: Mapping[int, int] | None = None  # where each SunSpec model begins
 
     async def read(self, names: Sequence[str], priority: Priority = Priority.POLL) -> dict[str, Value | None]:
         """The named quantities that this map has; None where the device shows a sentinel."""
         points = [self.map.reads[name] for name in names if name in self.map.reads]
-        return await self._read_points(points, priority)
+        return await self.look(points, priority, spare_words=self.map.wire.spare_words)
 
-    async def _read_points(self, points: Sequence[Point], priority: Priority) -> dict[str, Value | None]:
+    async def look(
+        self, points: Sequence[Point], priority: Priority, *, spare_words: int = 0
+    ) -> dict[str, Value | None]:
+        """What these points say, by their names."""
+        placed = [await self._placed(point, priority) for point in points]
         seen: dict[tuple[int, int], int] = {}
-        wire = self.map.wire
-        for block in plan_blocks(points, wire.blocks, wire.block_words_max):
+        for block in plan_blocks(placed, self.map.wire.blocks, self.map.wire.block_words_max):
             # Bits and lone values are read exactly: their neighbours may not exist.
-            spare = wire.spare_words if block.fc in (3, 4) else 0
+            spare = spare_words if block.fc in (3, 4) else 0
             words = await self.bus.read(
                 self.device_id, block.fc, block.address, block.count, spare=spare, priority=priority
             )
             seen |= {(block.fc, block.address + at): word for at, word in enumerate(words)}
-        return {
-            point.name: point.value(
-                [
-                    [seen[point.read_fc or 0, at + n] for n in range(point.word_count)]
-                    for at in point.addresses
-                ]
-            )
-            for point in points
-        }
+        return {point.name: self._said(point, seen) for point in placed}
 
-    async def shows(self, point: Point, priority: Priority = Priority.CONTROL) -> tuple[int, ...]:
-        """The words the device holds at a place that can be written and read."""
-        assert point.read_fc is not None
-        return await self.bus.read(
-            self.device_id, point.read_fc, point.addresses[0], point.word_count, priority=priority
-        )
+    def _said(self, point: Point, seen: Mapping[tuple[int, int], int]) -> Value | None:
+        fc = point.read_fc or 0
+        words = [[seen[fc, at + n] for n in range(point.word_count)] for at in point.addresses]
+        exponent = None if point.exponent is None else seen[fc, point.exponent.address]
+        if point.name.startswith("register_"):
+            self.grain[point.name] = point.resolution(words[-1], exponent)
+        return point.value(words, exponent)
+
+    async def differs(self, point: Point, wanted: Value, priority: Priority = Priority.CONTROL) -> str | None:
+        """None when the device holds what writing `wanted` leaves there; otherwise what it holds, and where."""
+        exponent = await self._exponent(point, wanted, priority)
+        meant = point.value([self._words(point, wanted, exponent)], exponent)
+        shown_at = point.mirror or point
+        shown = (await self.look([shown_at], priority))[point.name]
+        return None if shown == meant else f"holds {shown} at {shown_at.addresses[0]} ({point.name})"
 
     async def write(self, point: Point, value: Value, priority: Priority = Priority.CONTROL) -> None:
         """Write a value; MapError when it does not fit the register."""
         assert point.write_fc is not None
+        words = self._words(point, value, await self._exponent(point, value, priority))
+        placed = await self._placed(point, priority)
+        await self.bus.write(self.device_id, point.write_fc, placed.addresses[0], words, priority=priority)
+
+    def _words(self, point: Point, value: Value, exponent: int | None) -> tuple[int, ...]:
         try:
-            words = point.words(value)
+            return point.words(value, exponent)
         except EncodeError as exc:
             raise MapError(f"{self.map.id}: {exc}") from exc
-        await self.bus.write(self.device_id, point.write_fc, point.addresses[0], words, priority=priority)
+
+    async def _exponent(self, point: Point, value: Value, priority: Priority) -> int | None:
+        """The device's own scale factor; not asked for 0, which is 0 in every scale and often a stop."""
+        if point.exponent is None or value == 0:
+            return None
+        placed = await self._placed(point, priority)
+        assert placed.exponent is not None
+        fc = placed.read_fc or 3
+        return (await self.bus.read(self.device_id, fc, placed.exponent.address, 1, priority=priority))[0]
+
+    # -------------------------------------------------------------- SunSpec: the device says where things are
+    def forget_places(self) -> None:
+        """Look anew where the models begin: the device may be another one by now."""
+        self._starts = None
+
+    async def _placed(self, point: Point, priority: Priority) -> Point:
+        sunspec = self.map.sunspec
+        if point.model is None or sunspec is None:
+            return point
+        if self._starts is None:
+            self._starts = await self._find_models(sunspec, priority)
+        if point.model not in self._starts:
+            found = ", ".join(map(str, sorted(self._starts)))
+            raise BridgeError(
+                "model_missing",
+                f"{self.map.id} needs SunSpec model {point.model} for {point.name}; the device has: {found}",
+            )
+        return point.placed(self._starts)
+
+    async def _find_models(self, sunspec: Sunspec, priority: Priority) -> dict[int, int]:
+        for base in sunspec.base_addresses:
+            with contextlib.suppress(BridgeError):
+                if await self._two_words(base, priority) == _SUNS:
+                    break
+        else:
+            where = ", ".join(map(str, sunspec.base_addresses))
+            raise BridgeError("model_missing", f"no SunSpec device: no 'SunS' at any of {where}")
+        starts: dict[int, int] = {}
+        at = base + len(_SUNS)
+        for _ in range(_SUNSPEC_MODELS_MAX):
+            model, length = await self._two_words(at, priority)
+            if model == _SUNSPEC_END:
+                break
+            starts.setdefault(model, at)
+            at += 2 + length
+        return starts
+
+    async def _two_words(self, address: int, priority: Priority) -> tuple[int, ...]:
+        return await self.bus.read(self.device_id, 3, address, 2, priority=priority)
 
 
 def plan_blocks(points: Sequence[Point], blocks: str, words_max: int) -> list[_Block]:
     """Which requests fetch these points: neighbours together where the device allows it (map key
     `wire.blocks`).
     """
-    places = sorted({(p.read_fc or 0, at, p.word_count) for p in points for at in p.addresses})
+    places = sorted({(p.read_fc or 0, at, count) for p in points for at, count in p.spans().items()})
     found: list[_Block] = []
     for fc, address, count in places:
         last = found[-1] if found else None
@@ -155,15 +217,31 @@ def plan_blocks(points: Sequence[Point], blocks: str, words_max: int) -> list[_B
     return found
 
 
+# ------------------------------------------------------------------ what may be sold
+def unproven(config: ChargerConfig) -> tuple[Proof, ...]:
+    """What a commissioning test must have shown before this installation sells (BRIDGE rule 9); empty when
+    its maps are confirmed twice. A separate meter's counter takes the place of the charger's. Raises
+    MapError for a map that is wrong.
+    """
+    charger_map, meter_map = _maps(config)
+    found = set(charger_map.unproven)
+    if meter_map is not None:
+        found = (found - {"energy"}) | set(meter_map.unproven)
+    return tuple(proof for proof in PROOFS if proof in found)
+
+
+def _maps(config: ChargerConfig) -> tuple[DeviceMap, DeviceMap | None]:
+    return load_map(config.map), load_map(config.meter.map) if config.meter else None
+
+
 async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Charger:
     """Load the maps, open the wires, and look once. Nothing is energised.
 
     `buses`: share one between all ports of a process. Raises MapError (the configuration is wrong) and
     BridgeError (`unreachable`, `port_missing`, `port_denied`, `port_locked`, `timeout`, ...), each saying
-    what to do.
+    what to do. Whether anything may be *sold* with it is `unproven`'s answer: commissioning opens it too.
     """
-    charger_map = load_map(config.map)
-    meter_map = load_map(config.meter.map) if config.meter else None
+    charger_map, meter_map = _maps(config)
     _check_fit(config, charger_map, meter_map)
     buses = buses or Buses()
     leased: list[Bus] = []
@@ -179,7 +257,7 @@ async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Cha
                     f"charger and meter share {device.bus.wire} and both have device id {meter.device_id}"
                 )
         charger = MappedCharger(config, device, meter, buses, leased)
-        await charger.read()
+        await charger.look_first()
     except (BridgeError, MapError):
         for bus in leased:
             await buses.release(bus)
@@ -218,6 +296,17 @@ async def read_device(map_name: str, wire: str, device_id: int | None = None) ->
             await buses.release(bus)
 
 
+async def _check_settings(device: _Device) -> None:
+    """Raises BridgeError `wrong_setting` where the device is not set up as its map supposes."""
+    for item in device.map.expected:
+        found = (await device.look([item.point], Priority.CONTROL))[item.point.name]
+        if not item.met_by(found):
+            raise BridgeError(
+                "wrong_setting",
+                f"{device.map.id} holds {found} at {item.point.addresses[0]}: {item.remedy}",
+            )
+
+
 async def _lease(
     buses: Buses, leased: list[Bus], device_map: DeviceMap, wire_text: str, device_id: int | None
 ) -> _Device:
@@ -243,7 +332,8 @@ def _check_fit(config: ChargerConfig, charger_map: DeviceMap, meter_map: DeviceM
     if meter_map is not None and meter_map.kind != "meter":
         raise MapError(f"{meter_map.id} is no meter")
     failsafe = charger_map.failsafe
-    if (failsafe is None or not failsafe.zero_fallback) and not config.external_cut_off:
+    can_stop = failsafe is not None and (failsafe.zero_fallback or failsafe.zero_unproven)
+    if not can_stop and not config.external_cut_off:
         raise MapError(
             f"{charger_map.id} cannot fall back to 0 A by itself when nobody speaks to it; install an "
             "external cut-off (a watchdog contactor) and name it: external_cut_off = ..."
@@ -287,6 +377,24 @@ class MappedCharger:
         self._hold_seen_ms: int | None = None
         self._warm: dict[str, Value | None] = {}
         self._warm_at_ms: int | None = None
+        self._power_w: int | None = None  # as last shown
+
+    async def look_first(self) -> None:
+        """Read once, and learn how fine the counter is at what it holds now."""
+        await self.read()
+        counter = self._counting.map.counter(self._direction)
+        grain_mwh = self._counting.grain.get(counter.name, 0) if counter is not None else 0
+        if grain_mwh > self.limits.counter_step_mwh:
+            self.limits = replace(self.limits, counter_step_mwh=grain_mwh)
+            self._plausibility = Plausibility(Bounds(self.config.power_w_max, grain_mwh))
+
+    @property
+    def _relies_on_failsafe(self) -> bool:
+        """True when the device's own failsafe is what stops it; otherwise the named cut-off does."""
+        failsafe = self._device.map.failsafe
+        if failsafe is None:
+            return False
+        return failsafe.zero_fallback or (failsafe.zero_unproven and not self.config.external_cut_off)
 
     @staticmethod
     def _now_ms() -> int:
@@ -294,10 +402,10 @@ class MappedCharger:
 
     def _limits(self) -> Limits:
         limit = self._device.map.commands.get("set_current_ma")
-        low, high = (limit.low or 0, limit.high or 0) if limit else (0, self.config.current_ma_max)
+        most = self.config.current_ma_max
         return Limits(
-            current_ma_min=low,
-            current_ma_max=min(high, self.config.current_ma_max),
+            current_ma_min=limit.low or 0 if limit else 0,
+            current_ma_max=most if limit is None or limit.high is None else min(limit.high, most),
             phase_count=self.config.phase_count,
             voltage_mv=self.config.voltage_mv,
             counter_step_mwh=max(1, self._counting.map.energy.step_mwh),
@@ -324,12 +432,16 @@ class MappedCharger:
 
     # -------------------------------------------------------------- arming
     async def arm(self, failsafe_timeout_s: int) -> None:
-        """Write what the device needs first, then its failsafe at 0 A, and read all of it back.
+        """Look that charger and meter are set up as their maps suppose, write what the device needs first,
+        then its failsafe at 0 A, and read all of it back.
 
         A device with an external cut-off instead of a 0 A failsafe is armed by that cut-off's presence.
-        Raises BridgeError `failsafe_not_armed`, and whatever the wire raises.
+        Raises BridgeError `wrong_setting`, `failsafe_not_armed`, and whatever the wire raises.
         """
         self._armed_ms = None
+        for asked in (self._device, *([self._meter] if self._meter is not None else [])):
+            asked.forget_places()
+            await _check_settings(asked)
         device_map, failsafe = self._device.map, self._device.map.failsafe
         lock = device_map.commands.get("lock")
         if lock is not None:
@@ -337,14 +449,14 @@ class MappedCharger:
         for constant in device_map.prepare:
             await self._write_verified(constant.point, constant.value)
         timeout_ms = failsafe_timeout_s * 1000
-        if failsafe is not None and failsafe.zero_fallback:
+        if failsafe is not None and self._relies_on_failsafe:
             if failsafe.timeout_ms is not None:
                 self._check_timeout(failsafe.timeout_ms, timeout_ms)
             for fallback in failsafe.fallback:
                 await self._write_verified(fallback, 0)
             if failsafe.timeout_ms is not None:
                 await self._write_verified(failsafe.timeout_ms, timeout_ms)
-        await self._feed(force=True)
+        await self._feed(timeout_ms, force=True)
         self._armed_ms = timeout_ms
 
     def _check_timeout(self, point: Point, timeout_ms: int) -> None:
@@ -357,20 +469,27 @@ class MappedCharger:
             )
 
     async def _write_verified(self, point: Point, value: Value) -> None:
-        """Write on difference, then read back. A place that cannot be read is only written."""
-        if point.read_fc is None:
+        """Write on difference, then read back. What cannot be read is only written; what cannot be written
+        must be right already.
+        """
+        if not point.readable:
             await self._device.write(point, value)
             return
-        wanted = point.words(value)
-        if await self._device.shows(point) == wanted:
+        differs = await self._device.differs(point, value)
+        if differs is None:
             return
-        await self._device.write(point, value)
-        shown = await self._device.shows(point)
-        if shown != wanted:
+        if point.write_fc is None:
             raise BridgeError(
                 "failsafe_not_armed",
-                f"{self._device.map.id} holds {shown} at {point.addresses[0]} ({point.name}) "
-                f"after {wanted} was written; is remote control enabled in the device?",
+                f"{self._device.map.id} {differs}; it must be {value}, and only the device's own menu can set it",
+            )
+        await self._device.write(point, value)
+        differs = await self._device.differs(point, value)
+        if differs is not None:
+            raise BridgeError(
+                "failsafe_not_armed",
+                f"{self._device.map.id} {differs} after {value} was written; "
+                "is remote control enabled in the device?",
             )
 
     # -------------------------------------------------------------- offering
@@ -395,7 +514,7 @@ class MappedCharger:
             self._written.clear()  # the failsafe may be about to cut in, and then set points are gone
         try:
             self._held_since_ms = self._hold_seen_ms = None
-            await self._feed()
+            await self._feed(self._armed_ms)
             if "set_current_ma" in commands:
                 await self._write_changed(commands["set_current_ma"], wanted_ma)
             else:
@@ -423,31 +542,26 @@ class MappedCharger:
             return
         await self._device.write(point, value)
         self._written[point.name] = value
-        if point.read_fc is None:
-            return
-        wanted = point.words(value)
-        shown = await self._device.shows(point)
-        if shown != wanted:
-            raise BridgeError(
-                "limit_refused",
-                f"{self._device.map.id} holds {shown} at {point.addresses[0]} ({point.name}) "
-                f"after {wanted} was written",
-            )
+        differs = await self._device.differs(point, value) if point.readable else None
+        if differs is not None:
+            raise BridgeError("limit_refused", f"{self._device.map.id} {differs} after {value} was written")
 
-    async def _feed(self, *, force: bool = False) -> None:
-        """The keep-alive, at a quarter of the armed time; on devices fed by the set point, the set point
-        again.
+    async def _feed(self, timeout_ms: int, *, force: bool = False) -> None:
+        """The keep-alive, at a quarter of the armed time; on devices fed by the set point or by the timeout
+        itself, that again.
         """
         failsafe = self._device.map.failsafe
         now_ms = self._now_ms()
-        due = force or now_ms - self._fed_at_ms >= (self._armed_ms or 0) // 4
-        if not due:
+        if not force and now_ms - self._fed_at_ms < timeout_ms // 4:
             return
         keep_alive = self._device.map.commands.get("keep_alive")
         if keep_alive is not None:
             await self._device.write(keep_alive, keep_alive.on)
         if failsafe is not None and failsafe.fed_by == "set_point":
             self._written.clear()
+        if failsafe is not None and failsafe.fed_by == "timeout" and self._relies_on_failsafe:
+            assert failsafe.timeout_ms is not None
+            await self._device.write(failsafe.timeout_ms, timeout_ms)
         self._fed_at_ms = now_ms
 
     # -------------------------------------------------------------- stopping
@@ -464,7 +578,7 @@ class MappedCharger:
             return
         self._written.clear()
         stops = self._stops()
-        if self._hold_seen_ms is not None and not any(point.read_fc is not None for point, _ in stops):
+        if self._hold_seen_ms is not None and not any(point.readable for point, _ in stops):
             self._hold_seen_ms = self._now_ms()
             return  # acknowledged before, and nothing to look at: do not write again and again
         await self._stop_until_seen(stops)
@@ -496,16 +610,12 @@ class MappedCharger:
         raise error
 
     async def _stop_one(self, point: Point, value: int, *, look_first: bool) -> None:
-        wanted = point.words(value)
-        if point.read_fc is None:
-            await self._device.write(point, value, Priority.STOP)
-            return
-        if look_first and await self._device.shows(point, Priority.STOP) == wanted:
+        if look_first and point.readable and await self._device.differs(point, value, Priority.STOP) is None:
             return
         await self._device.write(point, value, Priority.STOP)
-        shown = await self._device.shows(point, Priority.STOP)
-        if shown != wanted:
-            raise BridgeError("hold_not_obeyed", f"{self._device.map.id} still holds {shown} at {point.name}")
+        differs = await self._device.differs(point, value, Priority.STOP) if point.readable else None
+        if differs is not None:
+            raise BridgeError("hold_not_obeyed", f"{self._device.map.id} still {differs}")
 
     async def lock(self) -> None:
         """Disable the port as firmly as the device can; the next `arm` unlocks it."""
@@ -570,9 +680,9 @@ class MappedCharger:
         """Forget a set point that the device no longer holds (failsafe, reboot, a second master): it is
         written anew.
         """
-        for name in [name for name in self._written if self._device.map.commands[name].read_fc is not None]:
-            point = self._device.map.commands[name]
-            if await self._device.shows(point, Priority.POLL) != point.words(self._written[name]):
+        commands = self._device.map.commands
+        for name in [name for name in self._written if commands[name].readable]:
+            if await self._device.differs(commands[name], self._written[name], Priority.POLL) is not None:
                 del self._written[name]
 
     def _reading(self, at_ms: int, seen: Mapping[str, Value | None]) -> Reading:
@@ -580,15 +690,23 @@ class MappedCharger:
         counter = self._counting.map.counter(self._direction)
         register = seen.get(counter.name) if counter is not None else None
         register_mwh = register if isinstance(register, int) else None
-        power_w = sign * _number(seen.get("power_w"), 0)
+        shown_w = seen.get("power_w", 0)
+        power_w = sign * shown_w if isinstance(shown_w, int) else None
         pilot = seen.get("pilot_state")
         contactor = seen.get("contactor_closed")
         own_fault = seen.get("fault")
         implausible = self._plausibility.judge(at_ms, register_mwh, power_w, self._held_since_ms)
+        if power_w is not None:
+            self._power_w = power_w
+        if self._power_w is None:
+            raise BridgeError(
+                "power_unreadable",
+                f"{self._counting.map.id} shows no power; is a meter fitted, and of the type that is set up?",
+            )
         return Reading(
             at_ms=at_ms,
             register_mwh=register_mwh,
-            power_w=power_w,
+            power_w=self._power_w,  # the last one shown: a stop is not seen in what is not shown
             current_ma=_number(seen.get("current_ma"), 0),
             voltage_mv=_number(seen.get("voltage_mv"), self.limits.voltage_mv),
             pilot_state=_pilot(pilot),

@@ -6,6 +6,7 @@
 | `counter_too_fast` | it grew by more than the greatest power could have delivered |
 | `counter_disagrees` | counted energy and measured power differ by more than 3 % and two steps |
 | `counter_unreadable` | a sentinel, or nothing, for longer than a transient may last |
+| `power_unreadable` | no power is shown for that long, so no stop can be seen |
 | `power_out_of_range` | more power (either way) than the installation can carry |
 | `flow_while_held` | power flows although the charger was told to stop long enough ago |
 
@@ -47,15 +48,16 @@ class Plausibility:
         self._register_at_ms = 0
         self._high_water_mwh = 0
         self._power_w = 0
+        self._power_at_ms: int | None = None
         self._window_begin_mwh: int | None = None
         self._window_uwh = 0
         self._shown: tuple[str, int] | None = None
 
     def judge(
-        self, at_ms: int, register_mwh: int | None, power_w: int, held_since_ms: int | None
+        self, at_ms: int, register_mwh: int | None, power_w: int | None, held_since_ms: int | None
     ) -> str | None:
         """The named fault of this reading, or None. `held_since_ms`: when a stop was commanded, None while
-        power is offered.
+        power is offered. `register_mwh` and `power_w` are None where the device showed no value just now.
         """
         found = (
             self._judge_counter(at_ms, register_mwh)
@@ -67,7 +69,9 @@ class Plausibility:
             self._high_water_mwh = max(self._high_water_mwh, register_mwh)
         elif self._at_ms is None:
             self._register_at_ms = at_ms
-        self._at_ms, self._power_w = at_ms, power_w
+        if power_w is not None or self._power_at_ms is None:
+            self._power_w, self._power_at_ms = power_w or 0, at_ms
+        self._at_ms = at_ms
         if found is not None:
             self._shown = (found, at_ms)
         elif self._shown is not None and at_ms - self._shown[1] > FAULT_SHOWN_MS:
@@ -90,13 +94,19 @@ class Plausibility:
     def _power_w_most(self) -> int:
         return self.bounds.power_w_max * (100 + _MARGIN_PERCENT) // 100
 
-    def _judge_power(self, at_ms: int, power_w: int, held_since_ms: int | None) -> str | None:
+    def _judge_power(self, at_ms: int, power_w: int | None, held_since_ms: int | None) -> str | None:
+        if power_w is None:
+            blind_ms = 0 if self._power_at_ms is None else at_ms - self._power_at_ms
+            return "power_unreadable" if blind_ms > _UNREADABLE_MS else None
         if abs(power_w) > self._power_w_most + self.bounds.idle_w:
             return "power_out_of_range"
         held = held_since_ms is not None and at_ms - held_since_ms > HELD_GRACE_MS
         return "flow_while_held" if held and abs(power_w) > self.bounds.idle_w else None
 
-    def _judge_agreement(self, at_ms: int, register_mwh: int | None, power_w: int) -> str | None:
+    def _judge_agreement(self, at_ms: int, register_mwh: int | None, power_w: int | None) -> str | None:
+        if power_w is None:
+            self._window_begin_mwh = None  # what flowed meanwhile is not known
+            return None
         if register_mwh is None:
             return None
         if self._window_begin_mwh is None or self._at_ms is None or at_ms - self._at_ms > _BLIND_MS:

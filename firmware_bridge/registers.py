@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-WordType = Literal["u16", "i16", "u32", "i32", "u64", "i64", "f32", "f64", "ascii"]
+# t5 and t6 are Iskra's: a signed byte of decimal exponent, then 24 bits of value (t5 unsigned, t6 signed).
+WordType = Literal["u16", "i16", "u32", "i32", "u64", "i64", "f32", "f64", "t5", "t6", "ascii"]
 WordOrder = Literal[
     "big", "little"
 ]  # big = most significant word first; bytes inside a word are always big-endian
@@ -34,9 +35,14 @@ WORD_COUNT: dict[str, int] = {
     "i64": 4,
     "f32": 2,
     "f64": 4,
+    "t5": 2,
+    "t6": 2,
     "ascii": 0,
 }
 _FLOAT_FORMAT = {"f32": ">f", "f64": ">d"}
+_FLOAT_BITS = {"f32": 24, "f64": 53}  # of the significand
+_DECIMAL = ("t5", "t6")
+_DECIMAL_FINEST = -6  # the finest exponent worth showing: a millionth of the unit
 
 
 class EncodeError(ValueError):
@@ -69,6 +75,9 @@ def decode(words: Sequence[int], kind: WordType, order: WordOrder = "big") -> in
     if kind in _FLOAT_FORMAT:
         number: float = struct.unpack(_FLOAT_FORMAT[kind], data)[0]
         return Fraction(number) if math.isfinite(number) else None
+    if kind in _DECIMAL:
+        exponent = int.from_bytes(data[:1], "big", signed=True)
+        return int.from_bytes(data[1:], "big", signed=kind == "t6") * Fraction(10) ** exponent
     return int.from_bytes(data, "big", signed=kind.startswith("i"))
 
 
@@ -90,12 +99,33 @@ def encode(
             return _to_words(struct.pack(_FLOAT_FORMAT[kind], float(value)), order)
         except OverflowError as exc:
             raise EncodeError(f"{value} does not fit {kind}") from exc
+    if kind in _DECIMAL:
+        return _to_words(_encode_decimal(Fraction(value), signed=kind == "t6"), order)
     whole = math.floor(value)
     try:
         data = whole.to_bytes(2 * WORD_COUNT[kind], "big", signed=kind.startswith("i"))
     except OverflowError as exc:
         raise EncodeError(f"{whole} does not fit {kind}") from exc
     return _to_words(data, order)
+
+
+def _encode_decimal(value: Fraction, *, signed: bool) -> bytes:
+    """Exponent byte and 24 bits, as fine as they can hold it."""
+    for exponent in range(_DECIMAL_FINEST, 128):
+        whole = math.trunc(value / Fraction(10) ** exponent)
+        try:
+            return exponent.to_bytes(1, "big", signed=True) + whole.to_bytes(3, "big", signed=signed)
+        except OverflowError:
+            if whole < 0 and not signed:
+                break
+    raise EncodeError(f"{value} does not fit {'t6' if signed else 't5'}")
+
+
+def float_grain(raw: Fraction, kind: WordType) -> Fraction:
+    """The distance to the next value that a float of this size can hold; 0 for every other type."""
+    if kind not in _FLOAT_BITS or raw == 0:
+        return Fraction(0)
+    return Fraction(2) ** (math.frexp(float(raw))[1] - _FLOAT_BITS[kind])
 
 
 def to_unit(raw: int | Fraction, step: Fraction, rounding: Rounding) -> int:
@@ -111,7 +141,12 @@ def from_unit(value: int, step: Fraction, kind: WordType) -> int | Fraction:
     more than told.
     """
     exact = Fraction(value) / step
-    return exact if kind in _FLOAT_FORMAT else math.trunc(exact)
+    return exact if kind in _FLOAT_FORMAT or kind in _DECIMAL else math.trunc(exact)
+
+
+def pattern(number: int, word_count: int, order: WordOrder = "big") -> tuple[int, ...]:
+    """The words that, read as one unsigned number, are `number`; the inverse of `is_sentinel`."""
+    return _to_words(number.to_bytes(2 * word_count, "big"), order)
 
 
 def is_sentinel(words: Sequence[int], sentinels: Sequence[int], order: WordOrder = "big") -> bool:
