@@ -291,7 +291,16 @@ class PortConfig(Section):
     poll_interval_ms: int | None = Field(
         None, ge=50, le=5_000, description="Hot poll; the map's unless given"
     )
+    commissioning: FilePath | None = Field(
+        None, description="The report of `v2v charger commission`, for maps that are not trusted at once"
+    )
     meter: MeterConfig | None = None
+
+    def installed(self) -> dict[str, Any]:
+        """What a commissioning report is about: whoever changes one of these commissions again."""
+        names = ("map", "wire", "device_id", "phase_count", "failsafe_timeout_s", "external_cut_off")
+        meter = None if self.meter is None else self.meter.model_dump()
+        return {**{name: getattr(self, name) for name in names}, "meter": meter}
 
 
 class ProviderPolicyConfig(Section):
@@ -373,6 +382,15 @@ class _PortsConfig(Section):
     ports: tuple[PortConfig, ...] = Field(strict=False, min_length=1, max_length=MAX_PORTS)
 
 
+class InstallationConfig(Section):
+    """What of agent.toml commissioning needs: it works before there is a market."""
+
+    model_config = ConfigDict(extra="ignore")
+    ports: tuple[PortConfig, ...] = Field(strict=False, min_length=1, max_length=MAX_PORTS)
+    keys: ProviderKeysConfig = ProviderKeysConfig()
+    journal: JournalConfig
+
+
 # ------------------------------------------------------------------------------------ the consumer's side
 
 
@@ -448,6 +466,11 @@ def load_agent(path: Path, environ: Mapping[str, str]) -> AgentConfig:
 def load_ports(path: Path, environ: Mapping[str, str]) -> tuple[PortConfig, ...]:
     """Only the `[[ports]]` of `agent.toml`: chargers can be stopped whatever is wrong with the rest of it."""
     return read_settings(_PortsConfig, path, environ, example="config/agent.toml").ports
+
+
+def load_installation(path: Path, environ: Mapping[str, str]) -> InstallationConfig:
+    """`[[ports]]`, `[keys]` and `[journal]` of `agent.toml`, whatever the rest of it says."""
+    return read_settings(InstallationConfig, path, environ, example="config/agent.toml")
 
 
 def load_consumer(path: Path, environ: Mapping[str, str]) -> ConsumerConfig:

@@ -1,6 +1,6 @@
 """The composition root: builds every port, hands each to its runner, runs them in one TaskGroup, stops them in order.
 
-Order of a start (rule 9): journal (and its lock) -> chargers, held -> keys -> node, contract code, operator -> door -> runners.
+Order of a start (rule 9): journal -> chargers, held -> keys, commissioning -> node, code, operator -> door -> runners.
 Order of a stop: signal -> runners cancelled -> chargers held -> wires, node and journal given back. A failed start ends so too.
 
 This is the only file of the daemon that knows everybody; no decision about a session is made here.
@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import structlog
@@ -24,6 +24,7 @@ from agent import views
 from agent.chain import contract
 from agent.chain.node import Node, Web3Node, check_deployment
 from agent.chain.sender import Sender
+from agent.commissioned import require_commissioned
 from agent.config import AgentConfig, PortConfig
 from agent.core.book import Book
 from agent.core.events import Event
@@ -51,8 +52,9 @@ from agent.runners.mqtt import BrokerAddress, MqttRunner
 from agent.runners.systemd import SystemdRunner
 from contracts import load_artefact
 from firmware_bridge.charger import BridgeError, Charger, Identity, MapError
-from firmware_bridge.mapped_charger import ChargerConfig, MeterConfig, open_charger
+from firmware_bridge.mapped_charger import ChargerConfig
 from firmware_bridge.modbus import Buses
+from firmware_bridge.opening import editions, is_trusted, open_charger
 from firmware_bridge.stopping import StopModel
 
 ENGINE_BEAT_S = 0.25  # time makes events due too; 4 Hz keeps every deadline within a quarter second
@@ -129,6 +131,8 @@ async def _start(
     signer = load_signer(config.keys.operator, config.keys.operator_password, environ=environ)
     meter_signer = load_meter_signer(config.keys.meter, config.keys.meter_password, environ=environ)
     require_different_keys(signer, meter_signer)
+    for port in ports:
+        _check_commissioned(port, meter_signer)
     node = await stack.enter_async_context(_node(config))
     grace_s = await _check_market(node, config, signer)
     engine = Engine(journal, _policy(config, grace_s), monotonic_ms, _log_event)
@@ -207,18 +211,21 @@ async def _charger(port: PortConfig, buses: Buses) -> AsyncIterator[_Port]:
 
 
 def _charger_config(port: PortConfig) -> ChargerConfig:
-    meter = None
-    if port.meter is not None:
-        meter = MeterConfig(map=port.meter.map, wire=port.meter.wire, device_id=port.meter.device_id)
-    return ChargerConfig(
-        map=port.map,
-        wire=port.wire,
-        device_id=port.device_id,
-        current_ma_max=port.current_ma_max,
-        phase_count=port.phase_count,
-        failsafe_timeout_s=port.failsafe_timeout_s,
-        external_cut_off=port.external_cut_off,
-        meter=meter,
+    return ChargerConfig.model_validate({**port.installed(), "current_ma_max": port.current_ma_max})
+
+
+def _check_commissioned(port: _Port, meter_signer: MeterSigner) -> None:
+    """Raises Misconfigured for a port that BRIDGE rule 9 does not let us sell from. A report that is named is always checked."""
+    config = _charger_config(port.config)
+    if port.config.commissioning is None and is_trusted(config):
+        return
+    require_commissioned(
+        port.config.commissioning,
+        port.config.name,
+        installed=port.config.installed(),
+        editions=editions(config),
+        identity=asdict(port.identity),
+        signer=meter_signer,
     )
 
 

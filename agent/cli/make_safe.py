@@ -23,8 +23,9 @@ from agent.cli.charger import said_by_charger
 from agent.config import PortConfig, load_ports
 from agent.errors import AgentError, Misconfigured, Refused, Transient
 from firmware_bridge.charger import BridgeError, Charger, MapError
-from firmware_bridge.mapped_charger import ChargerConfig, open_to_stop
+from firmware_bridge.mapped_charger import ChargerConfig
 from firmware_bridge.modbus import Buses
+from firmware_bridge.opening import open_to_stop
 
 SECONDS_MAX: Final = 9.0  # and one to let go of the wire
 AGAIN_S: Final = 0.25  # between two looks; the wire's own time-outs come on top
