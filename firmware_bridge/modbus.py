@@ -142,6 +142,7 @@ class _Request:
     priority: int
     number: int
     asked: Asked = field(compare=False)
+    spare: int = field(compare=False)
     deadline_s: float = field(compare=False)
     answer: asyncio.Future[tuple[int, ...]] = field(compare=False)
 
@@ -190,9 +191,14 @@ class _Listening:
         self.surplus = len(answer) - size
         if self._transaction_id is not None:
             return frames.open_tcp(answer[:size], self.asked, self._transaction_id)
-        if self.surplus:
+        if self.surplus and not self._is_acknowledged_and_echoed:
             raise BridgeError("wrong_reply", f"{self.surplus} bytes too many came; is there a second master?")
-        return frames.open_rtu(answer, self.asked)
+        return frames.open_rtu(answer[:size], self.asked)
+
+    @property
+    def _is_acknowledged_and_echoed(self) -> bool:
+        """Our own words twice: one may be an echo, the other is the device's acknowledgement."""
+        return self.asked.echo_is_answer and self.heard == 2 * self.question
 
     @property
     def is_echoed(self) -> bool:
@@ -240,6 +246,7 @@ class Bus:
         self._owner: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         self._varied = itertools.count()
+        self._last_count = 0
         self._transaction_ids = itertools.count(1)  # goes on through a reconnect: a gateway may remember
         self._listening: _Listening | None = None
         self._echoes = False
@@ -268,14 +275,13 @@ class Bus:
     ) -> tuple[int, ...]:
         """`count` words (or bits, as 0 and 1) from `address`; tried twice.
 
-        `spare` more registers may be read and thrown away: the varying length tells a late reply from the
-        right one.
+        `spare` more registers may be read and thrown away: no two requests in a row then have the same length, so
+        that on a wire without transaction ids a reply to the one before is told from the right one.
         """
         last: BridgeError | None = None
         for _ in range(_READ_ATTEMPTS):
-            longer = count + next(self._varied) % (spare + 1)
             try:
-                return (await self._ask(Asked(fc, device_id, address, longer), priority))[:count]
+                return (await self._ask(Asked(fc, device_id, address, count), priority, spare))[:count]
             except BridgeError as exc:
                 last = exc
                 if exc.name not in ("timeout", "wrong_reply", "unplugged"):
@@ -308,7 +314,7 @@ class Bus:
         self._drop()
 
     # -------------------------------------------------------------- the owner
-    async def _ask(self, asked: Asked, priority: Priority) -> tuple[int, ...]:
+    async def _ask(self, asked: Asked, priority: Priority, spare: int = 0) -> tuple[int, ...]:
         if self._owner is None or self._owner.done():
             raise BridgeError("closed", f"{self.wire} is not open")
         if len(self._waiting) >= _QUEUE_MAX:
@@ -317,7 +323,7 @@ class Bus:
         # Long enough for a request ahead of us, its quarantine and a reconnect; older ones are dropped.
         patience_s = 2 * self._request_timeout_s + 2 * self._quarantine_s + 2.0
         request = _Request(
-            priority, next(self._numbers), asked, loop.time() + patience_s, loop.create_future()
+            priority, next(self._numbers), asked, spare, loop.time() + patience_s, loop.create_future()
         )
         heapq.heappush(self._waiting, request)
         self._wanted.set()
@@ -355,12 +361,22 @@ class Bus:
             raise BridgeError("timeout", f"{self.wire} was busy with other requests for too long")
         await self._connect(urgent=request.priority == Priority.STOP)
         try:
-            return await self._exchange(request.asked)
+            return await self._exchange(self._lengthened(request))
         except BridgeError as exc:
             # On RTU even an exception may be a late one, and then the true reply is still under way.
             if not exc.name.startswith("exception_") or self.wire.kind != "tcp":
                 self._quarantine()
             raise
+
+    def _lengthened(self, request: _Request) -> Asked:
+        """The question, with as many spare registers as make its length another than the last one's."""
+        asked = request.asked
+        if request.spare:
+            counts = [asked.count + next(self._varied) % (request.spare + 1) for _ in range(2)]
+            longer = counts[1] if counts[0] == self._last_count else counts[0]
+            asked = Asked(asked.fc, asked.device_id, asked.address, longer)
+        self._last_count = asked.count
+        return asked
 
     async def _exchange(self, asked: Asked) -> tuple[int, ...]:
         """One question, one answer; whatever was heard in between belongs to it."""
@@ -479,7 +495,6 @@ class Bus:
         self._client.ctx.max_buffer_size = _CHUNK_BYTES_MAX
         self._failed_connects = 0
         self._unanswered = 0
-        self._echoes = False  # it may be another adapter
 
     def _connect_failed(self) -> None:
         self._drop()
