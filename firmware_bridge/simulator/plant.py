@@ -21,6 +21,18 @@ _STEP_MS = (
 )
 _RELAY_MS = 150  # a contactor's own travel
 
+# What can be wrong with the world behind the wire, for `Plant.suffer`. Several at once are possible.
+PLANT_FAULTS: dict[str, str] = {
+    "contactor_stuck": "the relay does not open any more (with car_deaf, the current flows on as well)",
+    "ignores_stop": "disable and a lower limit are taken and shown, and not done; lock and failsafe still work",
+    "charges_while_disabled": "it charges at its most whatever was written; lock and failsafe still work",
+    "counter_frozen": "the energy counter stands still while energy flows",
+    "failsafe_tripped": "the box's failsafe falls at that instant, whoever speaks to it",
+    "car_deaf": "the car goes on as it is, whatever the pilot says",
+    "car_stops": "the car draws nothing",
+    "car_unplugged": "the cable is pulled out of the car",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class PlantConfig:
@@ -65,6 +77,9 @@ class Plant:
         self.failsafe_tripped = False
         # It tripped while power was offered; a timer that runs out on an idle box is no fault.
         self.failsafe_cut = False
+        self.faults: frozenset[str] = frozenset()  # of PLANT_FAULTS, that hold now
+        self.supplied = True  # false once an external cut-off took the box's supply away
+        self._frozen_register_mwh = 0
         self._fed_ms = now_ms
         self._pilot_ma = 0  # what the pilot tells the car
         self._ev_hears_at_ms: int | None = None
@@ -119,6 +134,24 @@ class Plant:
             self._open_now()
         self._pilot_changed()
 
+    def suffer(self, faults: frozenset[str], now_ms: int) -> None:
+        """From now on exactly these of PLANT_FAULTS are wrong."""
+        self.advance(now_ms)
+        new, gone, self.faults = faults - self.faults, self.faults - faults, faults
+        if "counter_frozen" in new:
+            self._frozen_register_mwh = self.register_mwh
+        if "failsafe_tripped" in new:
+            self._trip()
+        if "car_unplugged" in new | gone:
+            self.plug("car_unplugged" in gone, now_ms)
+        self._pilot_changed()
+
+    def cut_off(self, now_ms: int) -> None:
+        """Somebody opens the contactor in front of the box: nothing flows, whatever the box and its relay do."""
+        self.advance(now_ms)
+        self.supplied = False
+        self.current_ma = 0
+
     # -------------------------------------------------------------- what can be seen
     @property
     def power_mw(self) -> int:
@@ -141,6 +174,16 @@ class Plant:
         return self.config.register_mwh_begin + self.delivered_mwh
 
     @property
+    def register_mwh_shown(self) -> int:
+        """What the box's own meter believes."""
+        return self._frozen_register_mwh if "counter_frozen" in self.faults else self.register_mwh
+
+    @property
+    def contactor_stuck(self) -> bool:
+        """True while the relay would not open."""
+        return self.config.contactor_stuck or "contactor_stuck" in self.faults
+
+    @property
     def soc_permille(self) -> int:
         """The provider's battery, drained by what was delivered."""
         left = self.config.battery_mwh * self.config.soc_permille_begin // 1000 - self.delivered_mwh
@@ -160,7 +203,7 @@ class Plant:
             return "failsafe_tripped"
         return (
             "contactor_stuck"
-            if self.config.contactor_stuck and self._pilot_ma == 0 and self.contactor_closed
+            if self.contactor_stuck and self._pilot_ma == 0 and self.contactor_closed
             else ""
         )
 
@@ -192,7 +235,9 @@ class Plant:
         self.now_ms = until_ms
 
     def _current_goal_ma(self) -> int:
-        return min(self.ev_goal_ma, self.config.ev_current_ma_max) if self.contactor_closed else 0
+        if not self.contactor_closed or not self.supplied or "car_stops" in self.faults:
+            return 0
+        return min(self.ev_goal_ma, self.config.ev_current_ma_max)
 
     def _happen(self) -> None:
         """Everything that is due now."""
@@ -200,7 +245,8 @@ class Plant:
         due = self._fed_ms + self.failsafe_timeout_ms
         if self.failsafe_timeout_ms and not self.failsafe_tripped and now_ms >= due:
             self._trip()
-        if self._ev_hears_at_ms is not None and now_ms >= self._ev_hears_at_ms:
+        hears = self._ev_hears_at_ms is not None and now_ms >= self._ev_hears_at_ms
+        if hears and "car_deaf" not in self.faults:
             self.ev_goal_ma = self._pilot_ma
             self._ev_hears_at_ms = None
         if self._relay_at_ms is not None and now_ms >= self._relay_at_ms:
@@ -224,6 +270,11 @@ class Plant:
         """Tell the car what it may draw now; it hears after its lag."""
         may_draw = self.enabled and not self.locked and self.config.plugged
         wanted_ma = self.offered_ma if may_draw and self.offered_ma >= self.config.current_ma_min else 0
+        if self.config.plugged and not self.locked and not self.failsafe_tripped:
+            if "charges_while_disabled" in self.faults:
+                wanted_ma = self.config.current_ma_max
+            elif "ignores_stop" in self.faults and wanted_ma < self._pilot_ma:
+                return
         if wanted_ma == self._pilot_ma:
             return
         self._pilot_ma = wanted_ma
@@ -239,7 +290,7 @@ class Plant:
     def _open_now(self) -> None:
         self._stop_since_ms = None
         self._relay_at_ms = None
-        if self.config.contactor_stuck and self.contactor_closed:
+        if self.contactor_stuck and self.contactor_closed:
             return  # the welded relay: everything was commanded, and the current flows on
         self.contactor_closed = False
         self.current_ma = 0

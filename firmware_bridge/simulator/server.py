@@ -1,11 +1,12 @@
-"""The simulated device on a real wire: a plant, laid out by a device map, behind pymodbus' own server (TCP or
-pty RTU).
+"""The simulated device on a real wire: a plant, laid out by a device map, behind a slave of our own (`slave.py`).
 
 Rules
 * What a register shows and what a write does both come from the device map; nothing here knows a device by
   name.
 * A request is answered from the plant as it is at that instant; between requests the plant still runs, by its
   own events.
+* It refuses what the device refuses: unmapped addresses, reads across a border of the map, blocks longer than the map allows.
+* Several devices may share the wire. A charger brings its own plant (box, car, cable); a meter measures the charger before it.
 * The wire cannot see the truth; `Simulator.truth()` can, and tests and `--truth` use it.
 
 May not know: the driver that talks to it (it shares the map with it, never code that encodes a frame).
@@ -14,24 +15,18 @@ May not know: the driver that talks to it (it shares the map with it, never code
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Self
-
-from pymodbus.constants import ExcCodes
-from pymodbus.server import ModbusSerialServer, ModbusTcpServer
-from pymodbus.simulator import DataType, SimData, SimDevice
+from typing import Self
 
 from firmware_bridge.charger import MapError
-from firmware_bridge.device_map import DeviceMap, Point, Value, load_map
+from firmware_bridge.device_map import DeviceMap, NoValue, Point, Sunspec, Value, load_map
 from firmware_bridge.registers import EncodeError
 from firmware_bridge.simulator.plant import Plant, PlantConfig
-from firmware_bridge.simulator.serial_line import SerialLine
-
-logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
+from firmware_bridge.simulator.scenario import Fault, Scenario
+from firmware_bridge.simulator.slave import Exchange, LineTiming, SerialSlave, Tap, TcpSlave
 
 _IDENTITY: dict[str, Value] = {
     "maker": "V2V",
@@ -39,18 +34,33 @@ _IDENTITY: dict[str, Value] = {
     "serial": "0000000001",
     "firmware": "1.0.0",
 }
-_FILLER_ADDRESS = (
-    65535  # pymodbus cannot hold an empty block; this one answers "illegal address" like everything unmapped
-)
+_ILLEGAL_FUNCTION, _ILLEGAL_ADDRESS, _ILLEGAL_VALUE = 1, 2, 3
+_READ_BITS, _READ_WORDS = (1, 2), (3, 4)
+_BITS_MAX, _WORDS_MAX = 2000, 125  # the most that one reply can carry
+_SCENARIO_TICK_S = 0.02  # how exactly a fault begins and ends by itself
+_DEVICE_TIMER_MS = 10_000  # of a failsafe whose time only the device knows; nobody publishes it
+_SUNS = (0x5375, 0x6E53)  # "SunS", and how a list of SunSpec models ends
+_SUNSPEC_END = (0xFFFF, 0)
+_DEVICES_MAX = 247  # as many ids as a bus has
+
+
+@dataclass(frozen=True, slots=True)
+class AlsoDevice:
+    """One more device on the same wire. A meter measures the charger named before it."""
+
+    map: str
+    device_id: int | None = None
+    pinned: Mapping[str, Value | NoValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatorConfig:
-    """What to simulate and where. Exactly one of `tcp` ("host:port", port 0 = any) and `pty` (a link to
-    make).
+    """What to simulate and where. Exactly one of `tcp` ("host:port", port 0 = any) and `pty` (a link to make).
 
-    `meter_map` puts a separate meter on the same bus under `meter_device_id`. `pinned` fixes named
-    quantities, so that another client's decoding can be compared.
+    `rtu`: serial frames on the TCP connection, as behind a transparent gateway. `meter_map` puts a separate meter on the same
+    wire under `meter_device_id`, and `also` any number of devices more. `pinned` fixes named quantities of every device, so that
+    another client's decoding can be compared; `also` devices have pins of their own. `scenario` is what goes wrong and when,
+    `tap` sees every frame.
     """
 
     map: str = "simulated"
@@ -60,7 +70,11 @@ class SimulatorConfig:
     meter_map: str | None = None
     meter_device_id: int | None = None
     plant: PlantConfig = field(default_factory=PlantConfig)
-    pinned: Mapping[str, Value] = field(default_factory=dict)
+    pinned: Mapping[str, Value | NoValue] = field(default_factory=dict)
+    also: tuple[AlsoDevice, ...] = ()
+    rtu: bool = False
+    scenario: tuple[Fault, ...] = ()
+    tap: Tap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,71 +114,118 @@ class Simulator:
         self.writes: list[
             tuple[int, int, tuple[int, ...]]
         ] = []  # (device id, address, words), newest last, bounded
-        self._line: SerialLine | None = None
-        self._server: ModbusTcpServer | ModbusSerialServer | None = None
         self.plant = Plant(config.plant)
+        self.devices: dict[int, _Device] = {}
+        self.scenario = Scenario(config.scenario)
+        self._slave: TcpSlave | SerialSlave | None = None
+        self._director: asyncio.Task[None] | None = None
+        self._began_ms = 0
 
     async def __aenter__(self) -> Self:
-        self.plant = Plant(self.config.plant, self._now_ms())
-        devices = [_Device(self, self.map, self.device_id).sim_device()]
-        if self.meter_map is not None:
-            meter_id = self.config.meter_device_id
-            meter_id = self.meter_map.wire.device_id if meter_id is None else meter_id
-            if meter_id == self.device_id:
-                raise MapError(
-                    f"charger and meter both have device id {meter_id}; give the meter another one"
-                )
-            devices.append(_Device(self, self.meter_map, meter_id).sim_device())
+        self._began_ms = self._now_ms()
+        self.plant = Plant(self.config.plant, self._began_ms)
+        self.devices = self._laid_out()
+        exchange = Exchange(self._answer, self.scenario, self.config.tap)
+        wire = self.map.wire
         if self.config.tcp is not None:
-            await self._listen_tcp(devices, self.config.tcp)
+            self._slave = TcpSlave(exchange, "rtu" if self.config.rtu else "tcp")
         else:
-            await self._listen_pty(devices, self.config.pty or "")
+            self._slave = SerialSlave(exchange, LineTiming(wire.baud, wire.gap_ms))
+        self.wire = await self._slave.listen(self.config.tcp or self.config.pty or "")
+        if self.config.scenario:
+            await self._act()
+            self._director = asyncio.get_running_loop().create_task(self._direct(self._slave))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server is not None:
-            await self._server.shutdown()  # type: ignore[no-untyped-call] # pymodbus leaves it bare
-        if self._line is not None:
-            self._line.close()
+        if self._director is not None:
+            self._director.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._director
+        if self._slave is not None:
+            await self._slave.close()
 
-    async def _listen_tcp(self, devices: list[SimDevice], address: str) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise MapError(f"tcp = {address!r} is not HOST:PORT")
-        server = ModbusTcpServer(devices, address=(host, int(port)))
-        try:
-            await server.serve_forever(background=True)
-        except RuntimeError as exc:  # pymodbus' word for every failure to listen
-            raise MapError(
-                f"cannot listen on {address}; is the port taken? choose another, or 0 for any"
-            ) from exc
-        self._server = server
-        sockets: Any = getattr(server.transport, "sockets", None)
-        self.wire = f"tcp://{host}:{sockets[0].getsockname()[1]}"
+    def _laid_out(self) -> dict[int, _Device]:
+        """Every device of the configuration under its id. Raises MapError for two of one id."""
+        found: dict[int, _Device] = {}
+        plant = self.plant
+        wanted = [(self.map, self.device_id, self.config.pinned)]
+        if self.meter_map is not None:
+            meter_id = self.config.meter_device_id
+            wanted.append(
+                (
+                    self.meter_map,
+                    self.meter_map.wire.device_id if meter_id is None else meter_id,
+                    self.config.pinned,
+                )
+            )
+        for one in self.config.also:
+            its_map = load_map(one.map)
+            its_id = its_map.wire.device_id if one.device_id is None else one.device_id
+            wanted.append((its_map, its_id, one.pinned))
+        if len(wanted) > _DEVICES_MAX:
+            raise MapError(f"a bus has {_DEVICES_MAX} device ids at most")
+        for its_map, its_id, pinned in wanted:
+            if its_id in found:
+                raise MapError(
+                    f"{found[its_id].map.id} and {its_map.id} both have device id {its_id}; give one another id"
+                )
+            if found and its_map.kind == "charger":
+                plant = Plant(self.config.plant, self._began_ms)
+            found[its_id] = _Device(self, its_map, its_id, plant, pinned)
+        return found
 
-    async def _listen_pty(self, devices: list[SimDevice], link: str) -> None:
-        self._line = SerialLine(link)
-        server = ModbusSerialServer(
-            devices, port=self._line.device_end, baudrate=self.map.wire.baud, parity="N"
-        )
-        await server.serve_forever(background=True)
-        self._server = server
-        self.wire = f"rtu://{link}?baud={self.map.wire.baud}&parity=N"
+    # -------------------------------------------------------------- what goes wrong
+    async def _direct(self, slave: TcpSlave | SerialSlave) -> None:
+        pulled = False
+        while True:
+            await asyncio.sleep(_SCENARIO_TICK_S)
+            await self._act()
+            if self.scenario.unplugged != pulled:
+                pulled = not pulled
+                await (slave.unplug() if pulled else slave.plug())
+
+    async def _act(self) -> None:
+        now_ms = self._now_ms()
+        self.now()
+        self.scenario.at((now_ms - self._began_ms) / 1000, self.plant.delivered_mwh / 1000)
+        for device in self.devices.values():
+            if device.map.kind == "charger":
+                faults = self.scenario.plant_faults(device.device_id, first=device.plant is self.plant)
+                device.plant.suffer(faults, now_ms)
+
+    # -------------------------------------------------------------- what is asked
+    async def _answer(self, device_id: int, pdu: bytes) -> bytes | None:
+        if device_id == 0 and 0 not in self.devices:  # a broadcast
+            for one in self.devices.values():
+                one.answer(pdu)
+            return pdu[:1] if self.config.pty is not None or self.config.rtu else None
+        device = self.devices.get(device_id)
+        return None if device is None else device.answer(pdu)
 
     @staticmethod
     def _now_ms() -> int:
         return int(asyncio.get_running_loop().time() * 1000)
 
     def now(self) -> Plant:
-        """The plant, brought up to this instant."""
+        """The first device's plant, brought up to this instant."""
         self.plant.advance(self._now_ms())
         return self.plant
 
-    def truth(self) -> Truth:
-        """The truth at this instant."""
-        plant = self.now()
+    def cut_off(self) -> None:
+        """The contactor in front of the first charger opens, as an external cut-off opens it."""
+        self.plant.cut_off(self._now_ms())
+
+    def truths(self) -> dict[int, Truth]:
+        """The truth of every charger on the wire, by device id."""
+        return {at: self.truth(one.plant) for at, one in self.devices.items() if one.map.kind == "charger"}
+
+    def truth(self, plant: Plant | None = None) -> Truth:
+        """The truth at this instant, of the first device's plant unless another is named."""
+        plant = plant or self.plant
+        plant.advance(self._now_ms())
         return Truth(
             at_ms=plant.now_ms,
             delivered_mwh=plant.delivered_mwh,
@@ -173,7 +234,7 @@ class Simulator:
             current_ma=plant.current_ma,
             offered_ma=plant.offered_ma,
             contactor_closed=plant.contactor_closed,
-            energised=plant.contactor_closed,
+            energised=plant.contactor_closed and plant.supplied,
             enabled=plant.enabled,
             locked=plant.locked,
             failsafe_armed=plant.failsafe_timeout_ms > 0,
@@ -183,39 +244,64 @@ class Simulator:
 
 
 class _Device:
-    """One device id of the server: a map over the plant."""
+    """One device id on the wire: a map over a plant."""
 
     _WRITES_KEPT = 1000
 
-    def __init__(self, simulator: Simulator, device_map: DeviceMap, device_id: int) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        device_map: DeviceMap,
+        device_id: int,
+        plant: Plant,
+        pinned: Mapping[str, Value | NoValue],
+    ) -> None:
         self.simulator = simulator
+        self.fixed: dict[int, int] = {}  # holding registers that always say the same
+        if device_map.sunspec is not None:
+            starts, self.fixed = _sunspec_list(device_map.sunspec)
+            device_map = device_map.placed(starts)
         self.map = device_map
         self.device_id = device_id
-        self.writable: list[Point] = [
+        self.plant = plant
+        self.pinned = pinned
+        failsafe = device_map.failsafe
+        self.settable: list[Point] = [
             *device_map.commands.values(),
             *(item.point for item in device_map.prepare),
+            *(failsafe.points if failsafe is not None else ()),
         ]
-        if device_map.failsafe is not None:
-            self.writable += [
-                p for p in (device_map.failsafe.timeout_ms, *device_map.failsafe.fallback) if p is not None
-            ]
+        self.writable = [point for point in self.settable if point.write_fc is not None]
+        self.written: dict[int, Value] = {}  # what was written last, by address
+        if failsafe is not None and failsafe.own_timer:
+            fallback_ma = None if any(point.write_fc for point in failsafe.fallback) else 0
+            plant.arm_failsafe(plant.now_ms, timeout_ms=_DEVICE_TIMER_MS, current_ma=fallback_ma)
+
+        # By function code: what is held at every address that exists. What does not exist is refused.
+        self.spans = {fc: self._spans(fc) for fc in (1, 2, 3, 4)}
+        self.held: dict[int, dict[int, int]] = {fc: self._places(fc) for fc in (1, 2, 3, 4)}
 
     # -------------------------------------------------------------- layout
-    def sim_device(self) -> SimDevice:
-        blocks = tuple(_blocks(self._spans(fc), self._gap(), bit=fc < 3) for fc in (1, 2, 3, 4))
-        coils, discrete, holding, inputs = blocks
-        return SimDevice(id=self.device_id, simdata=(coils, discrete, holding, inputs), action=self._action)
+    def _places(self, fc: int) -> dict[int, int]:
+        """Every address that answers to this function code, holding 0; with the gaps that the map promises to be there."""
+        gap = self._gap() if fc in _READ_WORDS else 0
+        return {
+            at: 0
+            for start, count in self.spans[fc].items()
+            for at in range(start, min(start + count + gap, 65_536))
+        }
 
     def _spans(self, fc: int) -> dict[int, int]:
         """Address to length of everything that this function code reaches, for reading or for writing."""
-        reached = [
-            (at, point) for point in self.map.reads.values() if point.read_fc == fc for at in point.addresses
-        ]
+        mirrors = [point.mirror for point in self.settable if point.mirror is not None]
+        settings = [item.point for item in self.map.expected]
+        reached = [p for p in (*self.map.reads.values(), *mirrors, *settings) if p.read_fc == fc]
         if fc in (1, 3):
-            reached += [(p.addresses[0], p) for p in self.writable if (p.type == "bit") == (fc == 1)]
-        spans: dict[int, int] = {}
-        for at, point in reached:
-            spans[at] = max(point.word_count, spans.get(at, 0))
+            reached += [point for point in self.settable if (point.type == "bit") == (fc == 1)]
+        spans = dict.fromkeys(self.fixed, 1) if fc == 3 else {}
+        for point in reached:
+            for at, count in point.spans().items():
+                spans[at] = max(count, spans.get(at, 0))
         return spans
 
     def _gap(self) -> int:
@@ -225,52 +311,93 @@ class _Device:
         return self.map.wire.spare_words
 
     # -------------------------------------------------------------- every access
-    async def _action(
-        self,
-        fc: int,
-        start: int,
-        address: int,
-        count: int,
-        current: list[int],
-        values: list[int] | list[bool] | None,
-    ) -> ExcCodes | None:
+    def answer(self, pdu: bytes) -> bytes:
+        """The reply to one request, function code first; an exception where the device would raise one."""
         now_ms = self.simulator._now_ms()  # noqa: SLF001 # the device is a part of its simulator
+        self.plant.advance(now_ms)
         failsafe = self.map.failsafe
         if failsafe is not None and failsafe.fed_by == "any_request":
-            self.simulator.plant.feed(now_ms)
-        if values is not None:
-            return self._written(address, tuple(int(value) for value in values), now_ms)
-        plant = self.simulator.now()
+            self.plant.feed(now_ms)
+        fc = pdu[0]
+        if fc in (*_READ_BITS, *_READ_WORDS) and len(pdu) == 5:
+            found = self._read(fc, int.from_bytes(pdu[1:3], "big"), int.from_bytes(pdu[3:5], "big"))
+            return bytes([fc | 0x80, found]) if isinstance(found, int) else bytes([fc, len(found)]) + found
+        asked = _asked_to_write(pdu)
+        if asked is None:
+            known = fc in (*_READ_BITS, *_READ_WORDS, 5, 6, 15, 16)
+            return bytes([fc | 0x80, _ILLEGAL_VALUE if known else _ILLEGAL_FUNCTION])
+        refused = self._written(1 if fc in (5, 15) else 3, *asked, now_ms)
+        return bytes([fc | 0x80, refused]) if refused else pdu[:5]
+
+    def _read(self, fc: int, address: int, count: int) -> bytes | int:
+        """The data of a reply, or the exception's code."""
+        if not 1 <= count <= (_BITS_MAX if fc in _READ_BITS else _WORDS_MAX):
+            return _ILLEGAL_VALUE
+        wire = self.map.wire
+        spans = self.spans[fc]
+        if fc in _READ_WORDS:
+            longest = max(wire.block_words_max, *spans.values(), 0) + wire.spare_words
+            if count > longest:
+                return _ILLEGAL_VALUE
+            lone = spans.get(address, 0)
+            if wire.blocks == "single_value" and not lone <= count <= lone + wire.spare_words:
+                return _ILLEGAL_ADDRESS
+        held = self.held[fc]
+        if any(at not in held for at in range(address, address + count)):
+            return _ILLEGAL_ADDRESS
+        self._refresh(fc, held)
+        found = [held[at] for at in range(address, address + count)]
+        if fc in _READ_WORDS:
+            return b"".join(word.to_bytes(2, "big") for word in found)
+        packed = sum(bit << at for at, bit in enumerate(found))
+        return packed.to_bytes(-(-count // 8), "little")
+
+    def _refresh(self, fc: int, held: dict[int, int]) -> None:
+        """Bring everything this function code shows up to the plant's state."""
+        plant = self.plant
         for point in self.map.reads.values():
             if point.read_fc == fc:
-                pinned = self.simulator.config.pinned.get(point.name)
+                pinned = self.pinned.get(point.name)
                 value = self._true_value(point.name, plant) if pinned is None else pinned
-                self._show(point, value, plant.config.phase_count, start, current)
-        for point in self.writable:
-            held = self._held_value(point, plant) if point.read_fc == fc else None
-            if held is not None:
-                self._show(point, held, 1, start, current)
-        return None
+                self._show(point, value, plant.config.phase_count, held)
+        for point in self.settable:
+            value_held = self._held_value(point, plant)
+            for place in (point, point.mirror):
+                if place is not None and place.read_fc == fc and value_held is not None:
+                    self._show(place, value_held, 1, held)
+        for item in self.map.expected:
+            if item.point.read_fc == fc:
+                self._show(item.point, item.example, 1, held)
+        if fc == 3:
+            held.update(self.fixed)
 
-    def _written(self, address: int, words: tuple[int, ...], now_ms: int) -> ExcCodes | None:
-        points = [p for p in self.writable if address <= p.addresses[0] < address + len(words)]
+    def _written(self, fc: int, address: int, words: tuple[int, ...], now_ms: int) -> int:
+        """Do what was written; the exception's code, or 0. `fc` is the one that reads the same place."""
+        points = [
+            p
+            for p in self.writable
+            if address <= p.addresses[0] < address + len(words) and (p.type == "bit") == (fc == 1)
+        ]
         covered = sum(point.word_count for point in points)
         if covered != len(words):
-            return ExcCodes.ILLEGAL_ADDRESS
+            return _ILLEGAL_ADDRESS
         for point in points:
             at = point.addresses[0] - address
             if not self._command(point, words[at : at + point.word_count], now_ms):
-                return ExcCodes.ILLEGAL_VALUE
+                return _ILLEGAL_VALUE
+        self.held[fc] |= {address + at: word for at, word in enumerate(words)}
         self.simulator.writes.append((self.device_id, address, words))
         del self.simulator.writes[: -self._WRITES_KEPT]
-        return None
+        return 0
 
     def _command(self, point: Point, words: tuple[int, ...], now_ms: int) -> bool:
         """Do what was written; False refuses the value as the device would."""
-        plant, failsafe = self.simulator.plant, self.map.failsafe
+        plant, failsafe = self.plant, self.map.failsafe
         value = point.value([words])
+        if value is not None:
+            self.written[point.addresses[0]] = value
         number = value if isinstance(value, int) else 0
-        in_range = number == 0 or (
+        in_range = (number == 0 and point.zero_stops) or (
             (point.low is None or number >= point.low) and (point.high is None or number <= point.high)
         )
         if point.step is not None and not in_range:
@@ -299,43 +426,35 @@ class _Device:
         return True
 
     # -------------------------------------------------------------- what a register shows
-    def _held_value(self, point: Point, plant: Plant) -> int | None:
-        """What the device really holds at a place that can be written; None: whatever was written last."""
+    def _held_value(self, point: Point, plant: Plant) -> Value | None:
+        """What the device really holds at a place that can be set; None: nothing that is known here."""
         failsafe = self.map.failsafe
         if failsafe is not None and point == failsafe.timeout_ms:
             return plant.failsafe_timeout_ms
         if failsafe is not None and point in failsafe.fallback:
-            return plant.failsafe_current_ma if point.name == "current_ma" else None
+            return plant.failsafe_current_ma if point.name.startswith("current_ma") else 0
         if point.name == "set_current_ma":
             return plant.offered_ma
         if point.name in ("enable", "lock"):
             on = plant.enabled if point.name == "enable" else plant.locked
             return point.on if on else point.off
-        return None
+        return self.written.get(point.addresses[0])
 
     @staticmethod
-    def _show(point: Point, shown: Value, phase_count: int, start: int, current: list[int]) -> None:
-        per_address: list[Value] = [shown] * len(point.addresses)
-        if len(point.addresses) > 1 and point.name == "current_ma" and isinstance(shown, int):
-            # Phases that are not there carry nothing.
-            share = shown // phase_count if point.combine == "sum" else shown
-            per_address = [share if at < phase_count else 0 for at in range(len(point.addresses))]
-        for address, value in zip(point.addresses, per_address, strict=True):
-            try:
-                words = point.words(value)
-            except EncodeError:
-                # A fault or state this device has no word for stays unseen, as in reality.
-                words = (0,) * point.word_count
-            if point.type == "bit":
-                _set_bit(current, start, address, bool(words[0]))
-            else:
-                current[address - start : address - start + point.word_count] = words
+    def _show(point: Point, shown: Value | NoValue, phase_count: int, held: dict[int, int]) -> None:
+        try:
+            places = point.places(shown, phase_count)
+        except EncodeError:
+            # A fault or state this device has no word for stays unseen, as in reality.
+            places = [(at, (0,) * point.word_count) for at in point.addresses]
+        for address, words in places:
+            held.update({address + at: word for at, word in enumerate(words)})
 
     def _true_value(self, name: str, plant: Plant) -> Value:
         step_mwh = max(1, self.map.energy.step_mwh)  # a counter shows what is fully counted
         forward = "register_import_mwh" if self.map.energy.forward == "import" else "register_export_mwh"
         values: dict[str, Value] = {
-            "register_mwh": plant.register_mwh // step_mwh * step_mwh,
+            "register_mwh": plant.register_mwh_shown // step_mwh * step_mwh,
             "power_w": plant.power_w,
             "current_ma": plant.current_ma,
             "voltage_mv": plant.config.voltage_mv,
@@ -353,31 +472,31 @@ class _Device:
         return values[name] if name in values else _IDENTITY[name]
 
 
-def _blocks(spans: Mapping[int, int], gap: int, *, bit: bool) -> list[SimData]:
-    """One SimData per run of places that exist; `gap` more after each place answer with 0, as the map
-    promises.
-    """
-    exist = {
-        at for address, count in spans.items() for at in range(address, address + count + (0 if bit else gap))
-    }
-    exist = {at for at in exist if at < _FILLER_ADDRESS}
-    starts = sorted(at for at in exist if at - 1 not in exist)
-    found = [_sim_data(at, _run_length(at, exist), bit=bit) for at in starts]
-    if bit:
-        return found or [SimData(_FILLER_ADDRESS - 15, values=[False] * 16, datatype=DataType.BITS)]
-    return [*found, SimData(_FILLER_ADDRESS, datatype=DataType.INVALID)]
+def _sunspec_list(sunspec: Sunspec) -> tuple[dict[int, int], dict[int, int]]:
+    """Where each model begins, and the words of the list that says so; all else in a model reads as 0."""
+    at = sunspec.base_addresses[0]
+    words = dict(enumerate(_SUNS, start=at))
+    at += len(_SUNS)
+    starts: dict[int, int] = {}
+    for model, length in sunspec.model_words.items():
+        starts[model] = at
+        words |= dict(enumerate((model, length), start=at))
+        at += 2 + length
+    return starts, words | dict(enumerate(_SUNSPEC_END, start=at))
 
 
-def _run_length(start: int, exist: set[int]) -> int:
-    return next(n for n in itertools.count(1) if start + n not in exist)
-
-
-def _sim_data(address: int, count: int, *, bit: bool) -> SimData:
-    if bit:
-        return SimData(address, values=[False] * count, datatype=DataType.BITS)
-    return SimData(address, values=[0] * count, datatype=DataType.REGISTERS)
-
-
-def _set_bit(current: list[int], start: int, address: int, on: bool) -> None:
-    word, bit = address // 16 - start, address % 16
-    current[word] = current[word] | 1 << bit if on else current[word] & ~(1 << bit)
+def _asked_to_write(pdu: bytes) -> tuple[int, tuple[int, ...]] | None:
+    """(address, words or bits) of a sound request to write; None for anything else."""
+    if len(pdu) < 5:
+        return None
+    fc, address, number = pdu[0], int.from_bytes(pdu[1:3], "big"), int.from_bytes(pdu[3:5], "big")
+    if fc == 6 and len(pdu) == 5:
+        return address, (number,)
+    if fc == 5 and len(pdu) == 5 and number in (0, 0xFF00):
+        return address, (int(number != 0),)
+    data = pdu[6:]
+    if fc == 16 and 1 <= number <= 123 and len(data) == pdu[5] == 2 * number:
+        return address, tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))
+    if fc == 15 and 1 <= number <= 1968 and len(data) == pdu[5] == -(-number // 8):
+        return address, tuple(data[at // 8] >> at % 8 & 1 for at in range(number))
+    return None
