@@ -112,7 +112,12 @@ class MeterSigner(_KeyHolder):
     @property
     def public_key_spki(self) -> bytes:
         """The public key as DER SubjectPublicKeyInfo, as OCMF's tools read it."""
-        return _SPKI_HEAD + self.public_key
+        return spki(self.public_key)
+
+
+def spki(public_key: bytes) -> bytes:
+    """65 bytes of public key as DER SubjectPublicKeyInfo."""
+    return _SPKI_HEAD + public_key
 
 
 # ------------------------------------------------------------------------------------------------ getting
@@ -168,15 +173,31 @@ def new_key(path: Path, *, password: str | None = None) -> Signer:
     Written whole or not at all, and never over an existing file: that key may hold money. Raises
     `Misconfigured`.
     """
-    private = coincurve.PrivateKey(_random_scalar())
-    if password is None:
-        content = hex0x(private.secret).encode() + b"\n"
-    else:
-        from eth_account import Account
+    return _written(coincurve.PrivateKey(_random_scalar()), path, password)
 
-        content = json.dumps(Account.encrypt(private.secret, password)).encode() + b"\n"
-    _write_new(path, _Hidden(content))
-    return Signer(private)
+
+def typed_key(digits: str) -> Signer:
+    """A key as somebody typed it, 64 hex digits. Raises `Misconfigured`, without them."""
+    hidden = _Hidden(digits.encode())
+    del digits
+    return Signer(_private("what was typed", _from_hex("what was typed", hidden)))
+
+
+def write_key(signer: Signer, path: Path, *, password: str | None = None) -> Signer:
+    """Write a key to another file, as `new_key` does."""
+    return _written(signer._private, path, password)  # noqa: SLF001 - this file is the only one that may
+
+
+def is_keystore(path: Path) -> bool:
+    """Whether this file is a keystore, which has a password. Raises `Misconfigured` when it cannot be read."""
+    return _is_keystore(_read_secret(str(path.absolute()), {}))
+
+
+def unlocked(source: str, password: str) -> Signer:
+    """The key in the keystore that `source` names, by a password somebody typed. Raises `Misconfigured`."""
+    hidden = _Hidden(password.encode())
+    del password
+    return Signer(_private(source, _decrypted(source, _read_secret(source, {}), hidden)))
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -192,20 +213,27 @@ def _load_private(
             remedy="put it into a file of mode 0600 or a credential, name that, and consider the key leaked",
         )
     content = _read_secret(source, environ)
-    if content.reveal().lstrip().startswith(b"{"):
-        if password_source is None:
-            raise Misconfigured(
-                f"{source} is a keystore, and nothing says where its password is",
-                remedy="name it in [keys]: operator_password, meter_password or account_password",
-            )
-        content = _decrypted(source, content, _load_password(password_source, environ))
-    else:
-        content = _from_hex(source, content)
-    if not 0 < int.from_bytes(content.reveal(), "big") < CURVE_ORDER:
+    if not _is_keystore(content):
+        return _private(source, _from_hex(source, content))
+    if password_source is None:
         raise Misconfigured(
-            f"{source} holds no secp256k1 private key", remedy="make one with a wallet, or restore a backup"
+            f"{source} is a keystore, and nothing says where its password is",
+            remedy="name it in [keys]: operator_password, meter_password or account_password",
         )
-    return coincurve.PrivateKey(content.reveal())
+    return _private(source, _decrypted(source, content, _load_password(password_source, environ)))
+
+
+def _is_keystore(content: _Hidden) -> bool:
+    return content.reveal().lstrip().startswith(b"{")
+
+
+def _private(source: str, secret: _Hidden) -> coincurve.PrivateKey:
+    if not _is_scalar(secret.reveal()):
+        raise Misconfigured(
+            f"{source} holds no secp256k1 private key",
+            remedy="make one with `v2v key new`, or restore a backup",
+        )
+    return coincurve.PrivateKey(secret.reveal())
 
 
 def _from_hex(source: str, content: _Hidden) -> _Hidden:
@@ -311,6 +339,17 @@ def _random_scalar() -> bytes:
     while not _is_scalar(scalar := secrets.token_bytes(32)):
         pass
     return scalar
+
+
+def _written(private: coincurve.PrivateKey, path: Path, password: str | None) -> Signer:
+    if password is None:
+        content = hex0x(private.secret).encode() + b"\n"
+    else:
+        from eth_account import Account
+
+        content = json.dumps(Account.encrypt(private.secret, password)).encode() + b"\n"
+    _write_new(path, _Hidden(content))
+    return Signer(private)
 
 
 def _write_new(path: Path, content: _Hidden) -> None:

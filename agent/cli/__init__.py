@@ -29,6 +29,7 @@ COMMANDS = {
         "Who runs the market: deploy, add and remove EVs.",
     ),
     "charger": ("agent.cli.charger:charger", "The installer's and tester's tools: simulate, read."),
+    "key": ("agent.cli.key:key", "Key files: make one, take one over, see whose it is."),
     "verify": ("agent.cli.verify:verify", "Check an exported session without a network."),
     "config": ("agent.cli.config:config", "Check a configuration file before it is used."),
     "devnet": ("agent.cli.devnet:devnet", "A throw-away chain on this machine, for trying things."),
