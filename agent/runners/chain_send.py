@@ -5,6 +5,7 @@ Rules
 * The same bytes are sent again with every new head until the chain shows them; a slow one is replaced: same nonce, higher fees,
   journaled first. So exactly one settlement per session can be mined.
 * A settlement that would revert is not sent; the reason is logged and asked again later (the consumer may have ended meanwhile).
+* What one settlement is refused for delays no other one: a sale worth less than its gas must not hold up those after it.
 
 May not know: how logs become events, the charger, the door.
 """
@@ -53,11 +54,13 @@ class ChainSend:
         """For ever: do what is owed on chain."""
         while True:
             changed = self._engine.changed
+            wait_s = BEAT_S
             try:
-                await self.do_owed()
-                wait_s = BEAT_S
-            except (Transient, Refused) as error:
+                delayed = await self.do_owed()
+            except Transient as error:
                 log.warning("settlement.delayed", error=str(error))
+                delayed = True
+            if delayed:
                 wait_s = RETRY_S
                 await asyncio.sleep(wait_s)
             try:
@@ -66,14 +69,24 @@ class ChainSend:
             except TimeoutError:
                 continue
 
-    async def do_owed(self) -> None:
-        """One round. Raises Transient or Refused; what was already signed stays owed."""
+    async def do_owed(self) -> bool:
+        """One round. True when something was refused, by the node or the contract: it stays owed. Raises Transient."""
+        delayed = False
         for effect in self._engine.owed():
-            match effect:
-                case SignSettlement():
+            if not isinstance(effect, SignSettlement | BroadcastSettlement):
+                continue
+            try:
+                if isinstance(effect, SignSettlement):
                     await self._sign(effect)
-                case BroadcastSettlement():
+                else:
                     await self._broadcast(effect)
+            except Refused as refusal:
+                delayed = True
+                log.warning(
+                    "settlement.delayed",
+                    session=short(effect.session_id), reason=refusal.reason, error=str(refusal),
+                )  # fmt: skip
+        return delayed
 
     async def _sign(self, effect: SignSettlement) -> None:
         session = self._engine.book.sessions[effect.session_id]

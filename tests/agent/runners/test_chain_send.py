@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bazaar import Bazaar
+from structlog.testing import capture_logs
 
 from agent.chain import contract
 from agent.chain.node import Receipt
@@ -16,7 +17,6 @@ from agent.core.live import HeaderSeen
 from agent.core.session import Session, Stage
 from agent.core.token import NO_ACK, ZERO_ADDRESS
 from agent.engine import Engine
-from agent.errors import Refused
 from agent.runners.chain_send import REPLACE_AFTER_S, ChainSend
 from agent.runners.chain_watch import ChainWatch, WatchSettings
 
@@ -75,9 +75,15 @@ class Desk:
 async def desk(bazaar: Bazaar) -> Desk:
     """A session delivered and stopped: 120 of 200 Wh, co-signed by the consumer's own key."""
     opened = await bazaar.connects(energy_wh=200)
-    engine = bazaar.engine()
-    one = Desk(bazaar, engine, opened)
+    one = Desk(bazaar, bazaar.engine(), opened)
     await one.look()
+    delivers(one)
+    return one
+
+
+def delivers(one: Desk) -> None:
+    """The story of a delivery, from the token to the end intent."""
+    bazaar, engine, opened = one.bazaar, one.engine, one.opened
     at_s, sid = engine.at_s, opened.session_id
     given = Presentation(
         "s" * 32, "left", "eip191", opened.token, ZERO_ADDRESS, 0, opened.valid_until_s, bytes(32), b"", b""
@@ -93,7 +99,6 @@ async def desk(bazaar: Bazaar) -> Desk:
     for event in story:
         engine.accept(event)
     assert one.session.stage is Stage.SETTLING
-    return one
 
 
 async def test_the_settlement_is_on_disk_before_it_is_sent_and_pays_what_was_acknowledged(
@@ -189,8 +194,7 @@ async def test_ended_by_the_consumer_meanwhile_costs_no_second_transaction(tmp_p
         one = await desk(bazaar)
         everything = contract.encode_end_connection(one.opened.token, one.opened.energy_wh, NO_ACK)
         await bazaar.send(bazaar.consumer.signer, everything)
-        with pytest.raises(Refused):
-            await one.sends().do_owed()
+        assert await one.sends().do_owed(), "refused, and asked again later"
         await one.look()
         assert one.session.stage is Stage.SETTLED
         await one.sends().do_owed()
@@ -204,11 +208,33 @@ async def test_a_settlement_that_costs_more_than_it_brings_waits(
     async with Bazaar(tmp_path) as bazaar:
         one = await desk(bazaar)
         monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
-        with pytest.raises(Refused, match="fee_cap"):
-            await one.sends().do_owed()
+        with capture_logs() as lines:
+            assert await one.sends().do_owed(), "refused, and asked again later"
+        assert [line["reason"] for line in lines] == ["fee_cap"]
         assert one.engine.owed() == tuple(
             e for e in one.engine.owed() if not isinstance(e, BroadcastSettlement)
         )
+
+
+async def test_a_sale_worth_less_than_its_gas_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch one dust order, cheap for a spoiler to make, that keeps the provider from every later payment."""
+    async with Bazaar(tmp_path) as bazaar:
+        dust = await desk(bazaar)
+        good = Desk(bazaar, dust.engine, await bazaar.connects(energy_wh=200))
+        await good.look()
+        delivers(good)
+        worth = {dust.opened.session_id: 1, good.opened.session_id: 10**18}
+        monkeypatch.setattr(
+            "agent.runners.chain_send._stake_wei", lambda session: worth[session.terms.session_id]
+        )
+        runner = dust.sends()
+        for _ in range(2):
+            await runner.do_owed()
+            await good.look_at_head()
+        assert len(await good.settlements()) == 1
+        assert dust.session.settlement is None
 
 
 async def test_a_reverted_settlement_is_named_and_signed_again(tmp_path: Path) -> None:
