@@ -54,7 +54,26 @@ def read(device_map: str, wire: str, device_id: int | None, as_json: bool) -> No
 @click.option("--ev-lag-ms", type=click.IntRange(0, 60_000), help="How late the car follows.")
 @click.option("--power-w-max", type=click.IntRange(1), help="The most the car draws.")
 @click.option("--register-wh-begin", type=click.IntRange(0), help="What the counter shows at first.")
-@click.option("--set", "pins", multiple=True, metavar="NAME=VALUE", help="Pin a quantity; may be repeated.")
+@click.option(
+    "--set", "pins", multiple=True, metavar="[ID:]NAME=VALUE", help="Pin a quantity; may be repeated."
+)
+@click.option(
+    "--also", multiple=True, metavar="MAP[@ID]", help="One more device on the wire; may be repeated."
+)
+@click.option("--rtu", is_flag=True, help="Serial frames on the TCP connection (RTU over TCP).")
+@click.option(
+    "--scenario",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What goes wrong and when: a TOML file.",
+)
+@click.option(
+    "--record", type=click.Path(path_type=Path, dir_okay=False), help="Write every frame to this file."
+)
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Answer as a recorded file says; no map.",
+)
 @click.option(
     "--truth",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -73,15 +92,23 @@ def simulate(  # noqa: PLR0913, PLR0917 # one argument per option
     power_w_max: int | None,
     register_wh_begin: int | None,
     pins: tuple[str, ...],
+    also: tuple[str, ...],
+    rtu: bool,
+    scenario: Path | None,
+    record: Path | None,
+    replay: Path | None,
     truth: Path | None,
     as_json: bool,
 ) -> None:
     """Be a charger: any device map, with physics, until SIGTERM. Prints `listening on ...` when ready."""
-    from firmware_bridge.simulator.command import run_simulator, say_as, simulator_config
+    from firmware_bridge.simulator.command import run_replay, run_simulator, say_as, simulator_config
 
     if (tcp is None) == (pty is None):
         raise click.UsageError("give exactly one of --tcp HOST:PORT and --pty LINK")
     try:
+        if replay is not None:
+            asyncio.run(run_replay(replay, tcp=tcp, pty=pty, say=say_as(as_json)))
+            return
         config = simulator_config(
             device_map=device_map,
             tcp=tcp,
@@ -94,8 +121,11 @@ def simulate(  # noqa: PLR0913, PLR0917 # one argument per option
             power_w_max=power_w_max,
             register_wh_begin=register_wh_begin,
             pins=pins,
+            also=also,
+            rtu=rtu,
+            scenario=scenario,
         )
-        asyncio.run(run_simulator(config, truth_file=truth, say=say_as(as_json)))
+        asyncio.run(run_simulator(config, truth_file=truth, record=record, say=say_as(as_json)))
     except MapError as exc:
         raise said_by_charger(exc) from exc
 

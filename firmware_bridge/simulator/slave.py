@@ -79,6 +79,15 @@ class Faults(Protocol):
         """The fault for this one request; None: answer honestly."""
 
 
+class Replies(Protocol):
+    """Who knows what to say to a request: an `Exchange`, or a `Replay` of an old one."""
+
+    tap: Tap
+
+    async def reply(self, framing: Framing, request: bytes) -> list[tuple[float, bytes]] | None:
+        """What to send: (seconds to wait before, bytes); nothing for silence. None: hang up."""
+
+
 @dataclass(frozen=True, slots=True)
 class LineTiming:
     """How fast a serial line is, and how long its device wants to be left alone after a reply."""
@@ -122,7 +131,7 @@ class Exchange:
         self.tap: Tap = tap or (lambda _speaker, _data: None)
 
     async def reply(self, framing: Framing, request: bytes) -> list[tuple[float, bytes]] | None:
-        """What to send: (seconds to wait before, bytes); nothing for silence. None: hang up."""
+        """See `Replies`."""
         self.tap("master", request)
         tid, device_id, pdu = taken_apart(framing, request)
         fault = self._faults.of(device_id) if self._faults is not None else None
@@ -192,7 +201,7 @@ def _bent(
 class TcpSlave:
     """Listens at "HOST:PORT" (port 0: any free one) until closed. `framing` "rtu" is RTU over TCP."""
 
-    def __init__(self, exchange: Exchange, framing: Framing) -> None:
+    def __init__(self, exchange: Replies, framing: Framing) -> None:
         self._exchange, self._framing = exchange, framing
         self._server: asyncio.Server | None = None
         self._at: tuple[str, int] = ("", 0)
@@ -280,7 +289,7 @@ class TcpSlave:
 class SerialSlave:
     """Answers on a pty whose name is `link`, until closed."""
 
-    def __init__(self, exchange: Exchange, timing: LineTiming) -> None:
+    def __init__(self, exchange: Replies, timing: LineTiming) -> None:
         self._exchange, self._timing = exchange, timing
         self._link = ""
         self._line: SerialLine | None = None
