@@ -3,6 +3,6 @@ driver reads.
 """
 
 from firmware_bridge.simulator.plant import Plant, PlantConfig
-from firmware_bridge.simulator.server import Simulator, SimulatorConfig, Truth
+from firmware_bridge.simulator.server import AlsoDevice, Simulator, SimulatorConfig, Truth
 
-__all__ = ["Plant", "PlantConfig", "Simulator", "SimulatorConfig", "Truth"]
+__all__ = ["AlsoDevice", "Plant", "PlantConfig", "Simulator", "SimulatorConfig", "Truth"]

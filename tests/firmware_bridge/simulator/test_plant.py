@@ -131,3 +131,72 @@ def test_the_battery_is_drained_by_what_is_sold():
         plant.soc_permille == 800 - plant.delivered_mwh // 10_000
         or plant.soc_permille == 799 - plant.delivered_mwh // 10_000
     )
+
+
+def suffering(*faults: str, config: PlantConfig = CONFIG) -> Plant:
+    """A plant at full power that has just been struck, at 10 s."""
+    plant = driving(config)
+    plant.suffer(frozenset(faults), 10_000)
+    assert plant.power_w == 22_080
+    return plant
+
+
+def test_a_box_that_ignores_the_stop_obeys_lock_and_failsafe_only():
+    """Would catch an ignored stop that nothing can end, or that ends by itself: the escalation would be tested on nothing."""
+    for ending in ("lock", "failsafe", "over"):
+        plant = suffering("ignores_stop")
+        plant.arm_failsafe(10_000, timeout_ms=20_000 if ending == "failsafe" else 0, current_ma=0)
+        plant.set_limit(0, 10_000)
+        plant.enable(on=False, now_ms=10_000)
+        plant.advance(29_990)
+        assert plant.power_w == 22_080
+        assert plant.offered_ma == 0, "it shows what was written"
+        if ending == "lock":
+            plant.lock(on=True, now_ms=30_000)
+        elif ending == "over":
+            plant.suffer(frozenset(), 30_000)
+        plant.advance(35_000)
+        assert plant.power_w == 0
+        assert not plant.contactor_closed
+
+
+def test_a_box_that_charges_while_disabled_was_never_asked_to():
+    """Would catch a "disabled" box that waits for an order (evcc #33436 did not)."""
+    plant = Plant(CONFIG)
+    plant.suffer(frozenset({"charges_while_disabled"}), 1_000)
+    plant.advance(10_000)
+    assert (plant.power_w, plant.enabled, plant.offered_ma) == (22_080, False, 0)
+    plant.lock(on=True, now_ms=10_000)
+    assert plant.power_w == 0
+
+
+def test_a_stuck_relay_with_a_deaf_car_flows_on_through_every_stop_but_the_cut_off():
+    """Would catch a weld that a lock can open, and an external cut-off that cannot."""
+    plant = suffering("contactor_stuck", "car_deaf")
+    plant.enable(on=False, now_ms=10_000)
+    plant.lock(on=True, now_ms=11_000)
+    plant.advance(60_000)
+    assert plant.power_w == 22_080
+    assert plant.fault == "contactor_stuck"
+    plant.cut_off(60_000)
+    plant.advance(70_000)
+    assert plant.power_w == 0
+    assert plant.contactor_closed, "the weld is still there for everybody to see"
+
+
+def test_the_other_faults_do_what_they_say():
+    """Would catch a name in the table that does nothing."""
+    frozen = suffering("counter_frozen")
+    before_mwh = frozen.register_mwh_shown
+    frozen.advance(20_000)
+    assert frozen.register_mwh_shown == before_mwh < frozen.register_mwh
+    tripped = suffering("failsafe_tripped")
+    assert tripped.failsafe_cut
+    stopped = suffering("car_stops")
+    stopped.advance(20_000)
+    assert (stopped.power_w, stopped.contactor_closed) == (0, True)
+    pulled = driving()
+    pulled.suffer(frozenset({"car_unplugged"}), 10_000)
+    assert (pulled.pilot_state, pulled.power_w) == ("A", 0)
+    pulled.suffer(frozenset(), 11_000)
+    assert pulled.pilot_state in ("B", "C")

@@ -1,15 +1,23 @@
 """The simulated device as a stranger sees it: raw pymodbus against documented addresses, no map and no driver in between."""
 
+import asyncio
+import contextlib
+import shutil
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from pymodbus.client import AsyncModbusTcpClient
 
-from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
+from firmware_bridge.charger import BridgeError, MapError
+from firmware_bridge.device_map import MAPS
+from firmware_bridge.mapped_charger import read_device
+from firmware_bridge.simulator import AlsoDevice, PlantConfig, Simulator, SimulatorConfig
+from firmware_bridge.simulator.scenario import Fault
 
-ILLEGAL_ADDRESS = 2
+ILLEGAL_FUNCTION, ILLEGAL_ADDRESS, ILLEGAL_VALUE, NOBODY = 1, 2, 3, 11
 
 
 @asynccontextmanager
@@ -23,6 +31,15 @@ async def stranger(config: SimulatorConfig) -> AsyncIterator[tuple[Simulator, As
             yield simulator, client
         finally:
             client.close()
+
+
+async def becomes(holds) -> None:
+    """Wait until it does."""
+    async with asyncio.timeout(10):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.005)
 
 
 def as_float(words: list[int]) -> float:
@@ -71,3 +88,126 @@ async def test_two_simulators_do_not_share_a_world() -> None:
         await client.write_registers(5004, [16], device_id=255)
         assert one.truth().offered_ma == 16_000
         assert other.truth().offered_ma == 0
+
+
+async def test_a_block_longer_than_the_device_takes_is_refused() -> None:
+    """Would catch a simulator that answers a read of 125 registers where the device refuses 65."""
+    async with stranger(SimulatorConfig(map="simulated", tcp="127.0.0.1:0")) as (simulator, client):
+        longest = simulator.map.wire.block_words_max + simulator.map.wire.spare_words
+        answers = [
+            await client.read_holding_registers(100, count=count, device_id=1) for count in (8, longest + 1)
+        ]
+        assert [answer.isError() and answer.exception_code for answer in answers] == [False, ILLEGAL_VALUE]
+        over_the_end = await client.read_holding_registers(206, count=4, device_id=1)
+        assert over_the_end.exception_code == ILLEGAL_ADDRESS
+        unknown = await client.read_exception_status(device_id=1)
+        assert unknown.exception_code == ILLEGAL_FUNCTION
+
+
+async def test_a_device_that_takes_one_value_at_a_time_refuses_two(tmp_path) -> None:
+    """Would catch a simulated KEBA that is kinder than the real one: block reads must be refused."""
+    text = (MAPS / "simulated.toml").read_text().replace("[wire]", '[wire]\nblocks = "single_value"')
+    (tmp_path / "simulated.toml").write_text(text)
+    config = SimulatorConfig(map=str(tmp_path / "simulated.toml"), tcp="127.0.0.1:0")
+    async with stranger(config) as (_, client):
+        counter, with_power = [
+            await client.read_holding_registers(100, count=count, device_id=1) for count in (4, 8)
+        ]
+        assert not counter.isError()
+        assert with_power.exception_code == ILLEGAL_ADDRESS
+
+
+async def test_several_devices_share_a_wire_and_only_a_meter_shares_a_plant() -> None:
+    """Would catch a second charger that follows the first one's set point, or a meter that measures nobody."""
+    others = (AlsoDevice("webasto_next", 7), AlsoDevice("eastron_sdm630_sdm72v2", 8, {"voltage_mv": 231_000}))
+    config = SimulatorConfig(
+        map="webasto_next", tcp="127.0.0.1:0", also=others, plant=PlantConfig(ev_lag_ms=0)
+    )
+    async with stranger(config) as (simulator, client):
+        await client.write_registers(5004, [16], device_id=7)
+        await becomes(lambda: simulator.truths()[7].power_w >= 5_000)
+        assert simulator.truths()[255].power_w == 0
+        volts = await client.read_input_registers(0x00, count=2, device_id=8)
+        assert as_float(volts.registers) == 231.0
+        power = await client.read_input_registers(0x34, count=2, device_id=8)
+        assert as_float(power.registers) >= 5_000
+        nobody = await client.read_holding_registers(100, count=1, device_id=9)
+        assert nobody.exception_code == NOBODY
+    with pytest.raises(MapError, match="both have device id 255"):
+        await Simulator(replace(config, also=(AlsoDevice("webasto_next"),))).__aenter__()
+
+
+async def test_a_scenario_reaches_wire_and_plant() -> None:
+    """Would catch a scenario that is loaded and never played: a stop that is taken, shown, and not done."""
+    scenario = (
+        Fault(wire="exception", code=6, requests=1),
+        Fault(plant="ignores_stop", after_wh=0.1),
+        Fault(plant="counter_frozen", after_wh=0.1),
+    )
+    config = SimulatorConfig(tcp="127.0.0.1:0", scenario=scenario, plant=PlantConfig(ev_lag_ms=0))
+    async with stranger(config) as (simulator, client):
+        refused = await client.write_registers(200, [32_000, 1], device_id=1)
+        assert refused.exception_code == 6
+        await client.write_registers(200, [32_000, 1], device_id=1)
+        await becomes(lambda: simulator.plant.faults)
+        await client.write_registers(200, [0, 0], device_id=1)
+        shown = await client.read_holding_registers(200, count=2, device_id=1)
+        counter = await client.read_holding_registers(100, count=4, device_id=1)
+        flowed_mwh = simulator.truth().delivered_mwh
+        await becomes(lambda: simulator.truth().delivered_mwh > flowed_mwh + 1_000)
+        again = await client.read_holding_registers(100, count=4, device_id=1)
+        assert shown.registers == [0, 0]
+        assert counter.registers == again.registers
+        simulator.cut_off()
+        assert simulator.truth().power_w == 0
+        assert not simulator.truth().energised
+
+
+@pytest.mark.parametrize("serial", [False, True])
+async def test_a_pulled_cable_comes_back(tmp_path, serial) -> None:
+    """Would catch an unplugged device that still answers, or never answers again."""
+    where = {"pty": str(tmp_path / "port")} if serial else {"tcp": "127.0.0.1:0"}
+    scenario = (Fault(wire="unplugged", after_wh=0.05, for_s=0.3),)
+    async with Simulator(
+        SimulatorConfig(scenario=scenario, plant=PlantConfig(ev_lag_ms=0), **where)
+    ) as simulator:
+        wire = simulator.wire
+        assert (await read_device("simulated", wire))["pilot_state"] == "B"
+        simulator.plant.enable(on=True, now_ms=simulator.now().now_ms)
+        simulator.plant.set_limit(32_000, simulator.now().now_ms)
+        await becomes(lambda: simulator.scenario.unplugged)
+        await becomes(lambda: not simulator.scenario.unplugged)
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(BridgeError):
+                    assert (await read_device("simulated", wire))["pilot_state"] == "C"
+                    break
+
+
+@pytest.mark.skipif(shutil.which("mbpoll") is None, reason="mbpoll is not installed (apt-get install mbpoll)")
+@pytest.mark.parametrize("serial", [False, True])
+async def test_mbpoll_reads_and_writes_it_as_any_device(tmp_path, serial) -> None:
+    """Would catch frames that only pymodbus takes: libmodbus is the independent master, over TCP and on a serial line."""
+    where = {"pty": str(tmp_path / "port")} if serial else {"tcp": "127.0.0.1:0"}
+    async with Simulator(SimulatorConfig(pinned={"power_w": -1234}, **where)) as simulator:
+        if serial:
+            place = ("-m", "rtu", "-b", str(simulator.map.wire.baud), "-P", "none", str(tmp_path / "port"))
+        else:
+            host, port = simulator.wire.removeprefix("tcp://").split(":")
+            place = ("-m", "tcp", "-p", port, host)
+        *options, last = place
+        once = ("-0", "-1", "-a", "1", "-o", "5")
+        read = await mbpoll(*options, *once, "-r", "104", "-c", "1", "-t", "4:int", "-B", last)
+        assert "-1234" in read
+        await mbpoll(*options, *once, "-r", "200", "-t", "4", last, "--", "16000")
+        assert simulator.truth().offered_ma == 16_000
+
+
+async def mbpoll(*words: str) -> str:
+    """What it says; it must succeed."""
+    process = await asyncio.create_subprocess_exec(
+        "mbpoll", *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
