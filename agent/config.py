@@ -148,7 +148,7 @@ class ChainConfig(Section):
         strict=False,
         min_length=1,
         max_length=4,
-        description="Nodes, the preferred one first: ws(s):// or http(s)://",
+        description="Nodes, the preferred one first, the next when it fails: ws(s)://, or http(s):// for requests only",
     )
     chain_id: int = Field(ge=1, description="The chain's EIP-155 id; another answer from a node is refused")
     contract: Address = Field(description="The V2VCharging contract; its code is compared with ours at start")

@@ -22,7 +22,9 @@ import structlog
 
 from agent import views
 from agent.chain import contract
+from agent.chain.failover import Endpoint, FailoverNode
 from agent.chain.node import Node, Web3Node, check_deployment
+from agent.chain.rpc import shown
 from agent.chain.sender import Sender
 from agent.commissioned import require_commissioned
 from agent.config import AgentConfig, PortConfig
@@ -241,9 +243,15 @@ def _unreachable(port: PortConfig, error: BridgeError) -> Transient:
 
 @asynccontextmanager
 async def _node(config: AgentConfig) -> AsyncIterator[Node]:
-    requests = next((url for url in config.chain.urls if url.startswith("http")), "")
-    watch = next(url for url in config.chain.urls if url.startswith("ws"))  # config.py demands one
-    node = Web3Node(watch, requests)
+    urls = config.chain.urls
+    nodes = [Web3Node(url) for url in urls]
+    node: Node = nodes[0]
+    if len(nodes) > 1:
+        endpoints = [
+            Endpoint(shown(url), one, can_watch=url.startswith("ws"))
+            for url, one in zip(urls, nodes, strict=True)
+        ]
+        node = FailoverNode(endpoints, config.chain.chain_id, time.monotonic)
     try:
         yield node
     finally:
