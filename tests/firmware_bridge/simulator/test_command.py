@@ -93,3 +93,85 @@ def test_the_same_seed_is_the_same_car():
     assert first.plant == again.plant
     limited = simulator_config(device_map="simulated", tcp="127.0.0.1:0", pty=None, power_w_max=11_040)
     assert limited.plant.ev_current_ma_max == 16_000
+
+
+def test_a_pin_with_a_wrong_name_is_told_the_nearest_of_these_devices():
+    """Would catch a pin that no simulated device shows: it would pin nothing, and compare nothing."""
+    words = {"device_map": "eastron_sdm630_sdm72v2", "tcp": "127.0.0.1:0", "pty": None}
+    with pytest.raises(MapError, match="nearest: voltage_mv"):
+        simulator_config(**words, pins=["voltage_v=230"])
+    with pytest.raises(MapError, match="no quantity 'pilot_state' here"):
+        simulator_config(**words, pins=["pilot_state=B"])
+    with pytest.raises(MapError, match="no --also device has this id"):
+        simulator_config(**words, pins=["9:power_w=1"])
+    config = simulator_config(
+        **words, also=["webasto_next", "eastron_sdm630_sdm72v2@3"], pins=["3:power_w=5"]
+    )
+    assert [(one.map, one.device_id, dict(one.pinned)) for one in config.also] == [
+        ("webasto_next", 255, {}),
+        ("eastron_sdm630_sdm72v2", 3, {"power_w": 5}),
+    ]
+    assert config.pinned == {}
+
+
+async def test_a_night_is_recorded_and_its_answers_come_back(tmp_path):
+    """Would catch a recording that loses its last frames when it is ended, and a replay that needs the map."""
+    trace = tmp_path / "trace.jsonl"
+    seen = []
+    for options in (("--record", str(trace), "--set", "power_w=777"), ("--replay", str(trace))):
+        process = start("--tcp", "127.0.0.1:0", "--json", *options)
+        try:
+            wire = json.loads(process.stdout.readline())["wire"]
+            seen.append(await read_device("simulated", wire))
+        finally:
+            process.terminate()
+            last = json.loads(process.communicate(timeout=10)[0].splitlines()[-1])
+    assert seen[0] == seen[1]
+    assert seen[0]["power_w"] == 777
+    assert last == {"event": "replayed", "unknown_requests": 0}
+
+
+def test_the_cut_off_is_a_signal_and_every_charger_has_its_truth(tmp_path):
+    """Would catch an external cut-off that a test cannot pull, and a second charger nobody can look into."""
+    truth, scenario = tmp_path / "truth.json", tmp_path / "evening.toml"
+    scenario.write_text('[[fault]]\nplant = "charges_while_disabled"\n')
+    process = start(
+        "--tcp", "127.0.0.1:0", "--truth", str(truth), "--scenario", str(scenario), "--also", "webasto_next@9"
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline().endswith("simulated (device id 1), webasto_next (device id 9)\n")
+        for power_flows in (True, False):
+            deadline = time.monotonic() + 10
+            while (json.loads(truth.read_text())["power_w"] > 0) is not power_flows:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGUSR1)
+        last = json.loads(truth.read_text())
+        assert {name: one["power_w"] for name, one in last["chargers"].items()} == {"1": 0, "9": 0}
+        assert last["delivered_mwh"] > 0
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+def test_a_wrong_scenario_is_exit_78_with_every_mistake(tmp_path):
+    """Would catch a traceback, or a simulator that starts without its faults."""
+    scenario = tmp_path / "evening.toml"
+    scenario.write_text('[[fault]]\nwire = "silense"\n')
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "firmware_bridge.simulator",
+            "--tcp",
+            "127.0.0.1:0",
+            "--scenario",
+            str(scenario),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert process.returncode == 78
+    assert "nearest: silence" in process.stderr
