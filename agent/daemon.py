@@ -251,7 +251,7 @@ async def _node(config: AgentConfig) -> AsyncIterator[Node]:
             Endpoint(shown(url), one, can_watch=url.startswith("ws"))
             for url, one in zip(urls, nodes, strict=True)
         ]
-        node = FailoverNode(endpoints, config.chain.chain_id, time.monotonic)
+        node = FailoverNode(endpoints, config.chain.chain_id, time.monotonic, log.warning)
     try:
         yield node
     finally:

@@ -9,7 +9,7 @@ Rules
 * A head that stands still while another node's moves on is left (PROTOCOL section 7: a node that lies by omission or delay).
 * What the contract or the node refuses by name (`Refused`, `Reverted`) is an answer, not a failure.
 
-May not know: the contract, sessions, how a node is asked (node.py).
+May not know: the contract, sessions, how a node is asked (node.py), where it is logged that one was left.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-import structlog
+from typing import Protocol, TypeVar
 
 from agent.chain.node import FeeSuggestion, Header, Hint, LogPage, Node, RawLog, Receipt, Topics
 from agent.core.units import BlockHash, TxHash, hex0x
@@ -27,11 +25,17 @@ from agent.errors import Misconfigured, Transient
 
 Answer = TypeVar("Answer")
 
+
+class Told(Protocol):
+    """Who hears why a node was left."""
+
+    def __call__(self, event: str, **facts: str | int) -> object:
+        """`event` as the log names it."""
+
+
 # Without a new head for so long the others are asked too: half of what a delivery may be blind (max_view_age_s), so that
 # changing to a node that still sees the chain costs no pause.
 STANDSTILL_S = 25.0
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -53,7 +57,8 @@ class FailoverNode:
         self, endpoints: Sequence[Endpoint], chain_id: int, monotonic_s: Callable[[], float]
     ) -> None:
         assert any(endpoint.can_watch for endpoint in endpoints)
-        self._endpoints, self._chain_id, self._monotonic_s = list(endpoints), chain_id, monotonic_s
+        self._endpoints, self._chain_id = list(endpoints), chain_id
+        self._monotonic_s, self._told = monotonic_s, told
         self._watchable = [endpoint for endpoint in endpoints if endpoint.can_watch]
         self._asked, self._watched = 0, 0  # whose turn it is
         self._genesis: BlockHash | None = None
@@ -87,7 +92,7 @@ class FailoverNode:
             return
         endpoint.is_checked = False
         self._asked = (self._asked + 1) % len(self._endpoints)
-        log.warning(
+        self._told(
             "chain.failover", left=endpoint.name, to=self._endpoints[self._asked].name, error=why.message
         )
 
@@ -103,7 +108,7 @@ class FailoverNode:
             wrong = f"a chain with another beginning ({hex0x(genesis)})"
         endpoint.other_chain = wrong
         if wrong:
-            log.error("chain.other_chain", node=endpoint.name, serves=wrong)
+            self._told("chain.other_chain", node=endpoint.name, serves=wrong)
             raise Transient(f"the node at {endpoint.name} serves {wrong}")
         self._genesis, endpoint.is_checked = genesis, True
 
@@ -147,7 +152,7 @@ class FailoverNode:
             endpoint.head_number = head.number
             if head.number > newest.number:
                 here = self._endpoints[self._asked]
-                log.warning(
+                self._told(
                     "chain.standstill", left=here.name, to=endpoint.name, at=newest.number, newest=head.number
                 )
                 newest, self._asked = head, number

@@ -4,7 +4,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from bazaar import Bazaar
-from structlog.testing import capture_logs
 from tcp_proxy import TcpProxy
 
 from agent.chain.failover import STANDSTILL_S, Endpoint, FailoverNode
@@ -98,11 +97,12 @@ class Scene:
 
     def __init__(self, first=None, second=None, *, second_can_watch=True):
         self.first, self.second = first or FakeNode(), second or FakeNode()
-        self.now_s = 0.0
+        self.now_s, self.told = 0.0, []
         self.node = FailoverNode(
             [Endpoint("first", self.first), Endpoint("second", self.second, can_watch=second_can_watch)],
             CHAIN_ID,
             lambda: self.now_s,
+            lambda event, **facts: self.told.append((event, facts)),
         )
 
     async def logged(self, from_block, to_block):
@@ -117,9 +117,8 @@ async def test_the_preferred_node_is_asked_while_it_answers_and_left_when_it_doe
     await scene.node.head()
     assert not scene.second.asked
     scene.first.is_away = True
-    with capture_logs() as lines:
-        assert (await scene.node.head()).number == 100
-    assert [(line["left"], line["to"]) for line in lines] == [("first", "second")]
+    assert (await scene.node.head()).number == 100
+    assert [(facts["left"], facts["to"]) for _, facts in scene.told] == [("first", "second")]
     scene.first.is_away = False
     count = len(scene.first.asked)
     await scene.node.head()
@@ -148,9 +147,9 @@ async def test_a_node_of_another_chain_is_named_and_never_believed(wrong):
     scene = Scene(second=FakeNode(height=999, **wrong))
     await scene.node.head()
     scene.first.is_away = True
-    with capture_logs() as lines, pytest.raises(Transient):
+    with pytest.raises(Transient):
         await scene.node.head()
-    assert "chain.other_chain" in [line["event"] for line in lines]
+    assert "chain.other_chain" in [event for event, _ in scene.told]
     assert "head" not in scene.second.asked
     scene.first.is_away = False
     assert (await scene.node.head()).number == 100
