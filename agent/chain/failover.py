@@ -54,7 +54,11 @@ class FailoverNode:
     """The Node port over 2 to 4 endpoints."""
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], chain_id: int, monotonic_s: Callable[[], float]
+        self,
+        endpoints: Sequence[Endpoint],
+        chain_id: int,
+        monotonic_s: Callable[[], float],
+        told: Told = lambda event, **facts: None,  # noqa: ARG005 - for logs
     ) -> None:
         assert any(endpoint.can_watch for endpoint in endpoints)
         self._endpoints, self._chain_id = list(endpoints), chain_id
