@@ -34,6 +34,7 @@ _HOT = (
     "register_export_mwh",
     "power_w",
     "pilot_state",
+    "plugged",
     "contactor_closed",
     "fault",
 )
@@ -709,7 +710,7 @@ class MappedCharger:
             power_w=self._power_w,  # the last one shown: a stop is not seen in what is not shown
             current_ma=_number(seen.get("current_ma"), 0),
             voltage_mv=_number(seen.get("voltage_mv"), self.limits.voltage_mv),
-            pilot_state=_pilot(pilot),
+            pilot_state="A" if seen.get("plugged") is False else _pilot(pilot),
             contactor_closed=contactor if isinstance(contactor, bool) else None,
             fault=implausible or (own_fault if isinstance(own_fault, str) and own_fault else None),
             soc_permille=soc if isinstance(soc := seen.get("soc_permille"), int) else None,

@@ -51,6 +51,7 @@ READS: dict[str, str] = {
     "frequency_mhz": "frequency",
     "soc_permille": "ratio",
     "pilot_state": "pilot",
+    "plugged": "flag",  # where the pilot state does not tell: false makes it A
     "contactor_closed": "flag",
     "fault": "fault",
     "maker": "text",

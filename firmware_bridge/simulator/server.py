@@ -461,6 +461,7 @@ class _Device:
             "frequency_mhz": 50_000,
             "soc_permille": plant.soc_permille,
             "pilot_state": plant.pilot_state,
+            "plugged": plant.config.plugged,
             "contactor_closed": plant.contactor_closed,
             "fault": plant.fault,
         }
