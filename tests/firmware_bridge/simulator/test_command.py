@@ -135,9 +135,17 @@ def test_the_cut_off_is_a_signal_and_every_charger_has_its_truth(tmp_path):
     """Would catch an external cut-off that a test cannot pull, and a second charger nobody can look into."""
     truth, scenario = tmp_path / "truth.json", tmp_path / "evening.toml"
     scenario.write_text('[[fault]]\nplant = "charges_while_disabled"\n')
-    process = start(
-        "--tcp", "127.0.0.1:0", "--truth", str(truth), "--scenario", str(scenario), "--also", "webasto_next@9"
-    )  # fmt: skip
+    options = (
+        "--truth",
+        str(truth),
+        "--scenario",
+        str(scenario),
+        "--also",
+        "webasto_next@9",
+        "--ev-lag-ms",
+        "0",
+    )
+    process = start("--tcp", "127.0.0.1:0", *options)
     try:
         assert process.stdout.readline().endswith("simulated (device id 1), webasto_next (device id 9)\n")
         for power_flows in (True, False):
