@@ -489,7 +489,8 @@ class _Compiler:
         if entry.access == "R" and key[0] != "failsafe":
             self.problems.add((*key, "access"), "a command is written; only a failsafe may be looked at only")
         self._check_model(key, entry.model)
-        read_fc = entry.read_fc or (1 if entry.type == "bit" else self.table.wire.read_fc)
+        # What can be written is a coil or a holding register, whatever most values are read with.
+        read_fc = entry.read_fc or (1 if entry.type == "bit" else 3)
         return Point(
             name=key[-1],
             addresses=(entry.address,),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -281,8 +281,12 @@ async def open_to_stop(config: ChargerConfig, buses: Buses | None = None) -> Cha
     return MappedCharger(config.model_copy(update={"meter": None}), device, None, buses, leased)
 
 
-async def read_device(map_name: str, wire: str, device_id: int | None = None) -> dict[str, Value | None]:
-    """Every quantity of one device (charger or meter), once, for a human to look at. Nothing is written.
+@contextlib.asynccontextmanager
+async def device_reader(
+    map_name: str, wire: str, device_id: int | None = None
+) -> AsyncIterator[Callable[[], Awaitable[dict[str, Value | None]]]]:
+    """Opens one device (charger or meter) and gives a function that reads every quantity of it, once a call.
+    Nothing is written.
 
     Raises MapError and BridgeError as `open_charger` does, but asks for no failsafe and no meter.
     """
@@ -291,10 +295,19 @@ async def read_device(map_name: str, wire: str, device_id: int | None = None) ->
     leased: list[Bus] = []
     try:
         device = await _lease(buses, leased, device_map, wire, device_id)
-        return await device.read(list(device_map.reads))
+        yield lambda: device.read(list(device_map.reads))
     finally:
         for bus in leased:
             await buses.release(bus)
+
+
+async def read_device(map_name: str, wire: str, device_id: int | None = None) -> dict[str, Value | None]:
+    """Every quantity of one device (charger or meter), once, for a human to look at. Nothing is written.
+
+    Raises what `device_reader` raises.
+    """
+    async with device_reader(map_name, wire, device_id) as read:
+        return await read()
 
 
 async def _check_settings(device: _Device) -> None:
@@ -577,6 +590,9 @@ class MappedCharger:
             self._held_since_ms = self._now_ms()
         if self._hold_seen_ms is not None and self._now_ms() - self._hold_seen_ms < _HOLD_CHECK_MS:
             return
+        failsafe = self._device.map.failsafe
+        if failsafe is not None and failsafe.fed_by == "set_point":
+            self._hold_seen_ms = None  # a set point that expires is written again, also when it is 0
         self._written.clear()
         stops = self._stops()
         if self._hold_seen_ms is not None and not any(point.readable for point, _ in stops):

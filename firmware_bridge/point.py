@@ -250,11 +250,12 @@ class Point:
 
     def _counted(self, raw: Fraction, step: Fraction) -> int:
         """Whole steps of a counter kept as a float: it only comes near its own steps, so half of the float's
-        grain is granted, and no more: what is not fully counted is not there yet.
+        grain is granted, and no more: what is not fully counted is not there yet. A float coarser than the
+        step says the nearest one.
         """
         kind: WordType = self.type  # type: ignore[assignment] # only f32 and f64 are snapped
-        near = raw * step + registers.float_grain(raw, kind) * abs(step) / 2
-        return int(near // self.snap) * self.snap
+        granted = min(registers.float_grain(raw, kind) * abs(step), Fraction(self.snap)) / 2
+        return int((raw * step + granted) // self.snap) * self.snap
 
     @property
     def _mask_shift(self) -> int:

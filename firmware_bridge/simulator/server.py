@@ -266,11 +266,15 @@ class _Device:
         self.plant = plant
         self.pinned = pinned
         failsafe = device_map.failsafe
-        self.settable: list[Point] = [
+        found = [
             *device_map.commands.values(),
-            *(item.point for item in device_map.prepare),
             *(failsafe.points if failsafe is not None else ()),
+            *(item.point for item in device_map.prepare),
         ]
+        # One place, one meaning: a set point may be prepared, and expected to be somewhere, too.
+        self.settable: list[Point] = list({point.addresses: point for point in reversed(found)}.values())
+        taken = {point.addresses for point in self.settable}
+        self.settings = [item for item in device_map.expected if item.point.addresses not in taken]
         self.writable = [point for point in self.settable if point.write_fc is not None]
         self.written: dict[int, Value] = {}  # what was written last, by address
         if failsafe is not None and failsafe.own_timer:
@@ -365,7 +369,7 @@ class _Device:
             for place in (point, point.mirror):
                 if place is not None and place.read_fc == fc and value_held is not None:
                     self._show(place, value_held, 1, held)
-        for item in self.map.expected:
+        for item in self.settings:
             if item.point.read_fc == fc:
                 self._show(item.point, item.example, 1, held)
         if fc == 3:
