@@ -46,6 +46,7 @@ _HEARD_BYTES_MAX = (
     1024  # an echo and an answer are 520 bytes at most; a babbling line does not fill the memory
 )
 _CHUNK_BYTES_MAX = 1 << 20  # what one read of the system may bring; the library would drop longer ones unseen
+_PAUSE_S_MAX = 0.01  # a gap between frames is slept exactly, a quarantine is not
 _QUEUE_MAX = 64  # requests waiting: a caller gone wild is told so instead of filling the memory
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # between attempts to connect (BRIDGE rule 4: at most 2 s)
 _SILENT_MAX = 2  # unanswered requests before the connection is thrown away (half-open TCP, hung adapter)
@@ -228,6 +229,18 @@ class _Listening:
         return frames.tcp_size(answer)
 
 
+async def _pause(seconds: float) -> None:
+    """A short sleep that ends in time. The event loop counts whole milliseconds, up to one too many, which at 115200 baud
+    is a fifth of an exchange; the rest is spent going round the loop, where everybody else still gets his turn.
+    """
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + seconds
+    if whole_ms := int(seconds * 1000):
+        await asyncio.sleep(whole_ms / 1000)
+    while loop.time() < until_s:  # noqa: ASYNC110 - nothing happens that could be waited for; it is the time
+        await asyncio.sleep(0)
+
+
 class Bus:
     """One serial port or one TCP connection, owned by one task. Several device ids may share it.
 
@@ -390,7 +403,7 @@ class Bus:
             await listening.ended
             self._silent_until_s = loop.time() + self._gap_s
             if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
-                await asyncio.sleep(gap_s)
+                await _pause(gap_s)
             result = listening.verdict()
         except TimeoutError as exc:
             self._unanswered_by(listening)
@@ -453,7 +466,7 @@ class Bus:
             wait_s = self._silent_until_s - loop.time()
             if wait_s <= 0:
                 return None
-            await asyncio.sleep(wait_s)
+            await (asyncio.sleep(wait_s) if wait_s > _PAUSE_S_MAX else _pause(wait_s))
         self._drop()
         return BridgeError(
             "bus_noisy", f"{self.wire} does not fall silent; is there a second master, or a wrong baud rate?"
