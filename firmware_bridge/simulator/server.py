@@ -277,9 +277,11 @@ class _Device:
         self.settings = [item for item in device_map.expected if item.point.addresses not in taken]
         self.writable = [point for point in self.settable if point.write_fc is not None]
         self.written: dict[int, Value] = {}  # what was written last, by address
-        if failsafe is not None and failsafe.own_timer:
+        if failsafe is not None and failsafe.kind != "none":
+            # What cannot be set was set up well: it stops, and after a time of its own.
             fallback_ma = None if any(point.write_fc for point in failsafe.fallback) else 0
-            plant.arm_failsafe(plant.now_ms, timeout_ms=_DEVICE_TIMER_MS, current_ma=fallback_ma)
+            timeout_ms = _DEVICE_TIMER_MS if failsafe.own_timer else None
+            plant.arm_failsafe(plant.now_ms, timeout_ms=timeout_ms, current_ma=fallback_ma)
 
         # By function code: what is held at every address that exists. What does not exist is refused.
         self.spans = {fc: self._spans(fc) for fc in (1, 2, 3, 4)}
@@ -409,14 +411,14 @@ class _Device:
         if failsafe is not None and point is failsafe.timeout_ms:
             plant.arm_failsafe(now_ms, timeout_ms=number)
         elif failsafe is not None and point in failsafe.fallback:
-            plant.arm_failsafe(now_ms, current_ma=number)
+            fallback_ma = number if point.name.startswith("current_ma") else self._as_current_ma(number)
+            plant.arm_failsafe(now_ms, current_ma=fallback_ma)
         elif point.name == "set_current_ma":
             plant.set_limit(number, now_ms)
             if "enable" not in self.map.commands:
                 plant.enable(number > 0, now_ms)
         elif point.name == "set_power_w":
-            volts_times_phases_mv = plant.config.voltage_mv * plant.config.phase_count
-            plant.set_limit(abs(number) * 1_000_000 // volts_times_phases_mv, now_ms)
+            plant.set_limit(self._as_current_ma(number), now_ms)
             if "enable" not in self.map.commands:
                 plant.enable(number != 0, now_ms)
         elif point.name in ("enable", "lock"):
@@ -429,6 +431,14 @@ class _Device:
             plant.feed(now_ms)
         return True
 
+    def _as_current_ma(self, power_w: int) -> int:
+        config = self.plant.config
+        return abs(power_w) * 1_000_000 // (config.voltage_mv * config.phase_count)
+
+    def _as_power_w(self, current_ma: int) -> int:
+        config = self.plant.config
+        return current_ma * config.voltage_mv * config.phase_count // 1_000_000
+
     # -------------------------------------------------------------- what a register shows
     def _held_value(self, point: Point, plant: Plant) -> Value | None:
         """What the device really holds at a place that can be set; None: nothing that is known here."""
@@ -436,7 +446,8 @@ class _Device:
         if failsafe is not None and point == failsafe.timeout_ms:
             return plant.failsafe_timeout_ms
         if failsafe is not None and point in failsafe.fallback:
-            return plant.failsafe_current_ma if point.name.startswith("current_ma") else 0
+            fallback_ma = plant.failsafe_current_ma
+            return fallback_ma if point.name.startswith("current_ma") else self._as_power_w(fallback_ma)
         if point.name == "set_current_ma":
             return plant.offered_ma
         if point.name in ("enable", "lock"):
