@@ -74,7 +74,7 @@ class Engine:
             return
         known = before.sessions.get(sid)
         if known is None or known.stage is not session.stage:
-            self.live = moved(self.live, sid, self._monotonic_ms(), is_open=session.stage not in CLOSED)
+            self.live = moved(self.live, sid, is_open=session.stage not in CLOSED)
         if isinstance(event, DeliveryBegan):
             self.live = offered(self.live, session.port or "")
 

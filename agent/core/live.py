@@ -15,6 +15,7 @@ from agent.core.units import BlockHash, SessionId
 
 SOC_JITTER_PERMILLE = 30  # two samples this near are one truth; a glitch (0 %, 1 %, 100 %) stands alone
 SOC_SAMPLE_GAP_MS = 1_500  # a device is asked for it once a second: nearer readings repeat the same sample
+LOOK_GAP_MS_MAX = 1_000  # the engine beats four times a second: a longer gap is a process that stood still
 SOC_AGE_MS_MAX = 60_000  # no two samples agreed for so long: then the charge is not known
 
 
@@ -91,9 +92,8 @@ class Live:
     now_ms: int
     header: Header | None = None
     ports: Mapping[str, PortLive] = field(default_factory=dict)
-    stage_at_ms: Mapping[SessionId, int] = field(
-        default_factory=dict
-    )  # open sessions that moved in this life
+    watched_ms: int = 0  # for how long this life has looked: a process that stood still has not waited
+    stage_at_ms: Mapping[SessionId, int] = field(default_factory=dict)  # of open sessions; on that clock
 
     @property
     def at_s(self) -> int:
@@ -103,10 +103,10 @@ class Live:
         return self.header.timestamp_s + (self.now_ms - self.header.seen_at_ms) // 1000
 
     def waited_s(self, sid: SessionId) -> int:
-        """For how long this life has watched the session in its stage. Never chain time: a head that comes after an outage
-        jumps over minutes in which nothing was waited for.
+        """For how long this life has watched the session in its stage. Not by chain time: a head that comes after an outage
+        jumps over minutes; nor by the monotonic clock: one that stood still has not seen what happened meanwhile.
         """
-        return (self.now_ms - self.stage_at_ms.get(sid, self.started_at_ms)) // 1000
+        return (self.watched_ms - self.stage_at_ms.get(sid, 0)) // 1000
 
     @property
     def view_age_s(self) -> int | None:
@@ -191,7 +191,8 @@ Update = PortRead | PortLost | HeaderSeen | Beat
 def observe(live: Live, update: Update, now_ms: int) -> Live:
     """Live after `update`. Monotonic time never goes back; a header replaces an older one only if it is higher."""
     assert now_ms >= live.now_ms, (now_ms, live.now_ms)
-    live = replace(live, now_ms=now_ms)
+    watched_ms = live.watched_ms + min(now_ms - live.now_ms, LOOK_GAP_MS_MAX)
+    live = replace(live, now_ms=now_ms, watched_ms=watched_ms)
     match update:
         case PortRead(port=port, reading=reading):
             before = live.ports.get(port, PortLive())
@@ -236,7 +237,7 @@ def offered(live: Live, port: str) -> Live:
     return replace(live, ports={**live.ports, port: replace(live.ports[port], previous=None, offered=True)})
 
 
-def moved(live: Live, sid: SessionId, now_ms: int, *, is_open: bool) -> Live:
+def moved(live: Live, sid: SessionId, *, is_open: bool) -> Live:
     """Live from the moment a session enters another stage: waits in it count from here. Closed sessions are forgotten."""
     kept = {other: at_ms for other, at_ms in live.stage_at_ms.items() if other != sid}
-    return replace(live, stage_at_ms={**kept, sid: now_ms} if is_open else kept)
+    return replace(live, stage_at_ms={**kept, sid: live.watched_ms} if is_open else kept)

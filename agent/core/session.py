@@ -10,7 +10,7 @@ Rules (DESIGN section 5; each has its test)
  7. A close on chain may come in any stage: power off first, then answer.
  8. Not seen open in time: firmer, then lock the port out, and still settle.
  9. After a restart power is never offered again before the contactor was seen open and the segment closed (`life`).
-10. Time is chain time: `live.at_s`. How long something was *waited for* is this life's own clock: `live.waited_s`.
+10. Time is chain time: `live.at_s`. A wait is what this life has truly watched: `live.waited_s`.
 
 Pure: events and Live come in, a new Session or the next due event goes out. An event without a row in TABLE changes nothing.
 """

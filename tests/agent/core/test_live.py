@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from story import POLICY, PORT, REGISTER, T0, Outlet, hash32
 
-from agent.core.live import Beat, HeaderSeen, Live, PortLost, PortRead, moved, observe, offered
+from agent.core.live import (
+    LOOK_GAP_MS_MAX,
+    Beat,
+    HeaderSeen,
+    Live,
+    PortLost,
+    PortRead,
+    moved,
+    observe,
+    offered,
+)
 from agent.core.units import BlockHash, SessionId
 
 EMPTY = Live(policy=POLICY, life=3, started_at_s=T0, started_at_ms=50_000, now_ms=50_000)
@@ -121,16 +131,23 @@ def test_how_long_a_stop_was_disobeyed_is_the_runners_word():
     assert EMPTY.held_ms(PORT) == 0
 
 
-@given(st.integers(-(10**6), 10**6), st.integers(0, 10**6), st.integers(0, 10**6))
-def test_a_wait_is_what_this_life_watched(jump_s, lived_s, moved_after_s):
-    """Whatever a header says, and however long we were away: waiting is what this process has watched."""
+@given(
+    st.integers(-(10**6), 10**6),
+    st.lists(st.integers(0, LOOK_GAP_MS_MAX), max_size=20),
+    st.integers(0, 10**6),
+)
+def test_a_wait_is_what_this_life_watched(jump_s, gaps_ms, stood_still_ms):
+    """Whatever a header says, however long we were away or stood still: waiting is what this process has watched."""
     sid = SessionId(b"s" * 32)
-    live = replace(EMPTY, now_ms=EMPTY.now_ms + lived_s * 1000)
-    live = observe(live, header(7, T0 + jump_s), live.now_ms)
-    assert live.waited_s(sid) == lived_s
-    live = observe(moved(live, sid, live.now_ms, is_open=True), Beat(), live.now_ms + moved_after_s * 1000)
-    assert live.waited_s(sid) == moved_after_s
-    assert not moved(live, sid, live.now_ms, is_open=False).stage_at_ms, "closed sessions do not gather here"
+    live = observe(EMPTY, header(7, T0 + jump_s), EMPTY.now_ms)
+    for gap_ms in gaps_ms:
+        live = observe(live, Beat(), live.now_ms + gap_ms)
+    assert live.waited_s(sid) == sum(gaps_ms) // 1000
+    live = moved(live, sid, is_open=True)
+    assert live.waited_s(sid) == 0
+    live = observe(live, Beat(), live.now_ms + stood_still_ms)
+    assert live.waited_s(sid) == min(stood_still_ms, LOOK_GAP_MS_MAX) // 1000
+    assert not moved(live, sid, is_open=False).stage_at_ms, "closed sessions do not gather here"
 
 
 def soc(*samples, every_ms=2_000):

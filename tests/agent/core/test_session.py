@@ -746,6 +746,19 @@ def test_rule_8_a_head_that_jumps_over_minutes_shortens_no_wait():
     assert story.session.end_seen_open
 
 
+def test_rule_8_a_process_that_stood_still_has_not_waited():
+    """Storm 2001296: stopped for 90 s in the middle of a stop, it ended the session by a register from before, and lost 3 Wh."""
+    story = delivering().passes(5)
+    story.outlet.welded = True  # still ramping down
+    story = (story >> stops()).passes(2)
+    story.outlet.welded = False
+    story.leaps(90) >> Beat()
+    assert story.stage is S.STOPPING
+    story = (story.passes(3) >> receipt(14)).passes(3)
+    assert story.stage is S.SETTLING
+    assert story.session.end_seen_open
+
+
 def test_rule_8_a_contactor_that_does_not_open_for_a_pause_stops_the_session():
     """A pause that cannot be had is a stop."""
     story = delivering()
