@@ -409,6 +409,18 @@ class Stage:
         """How many transactions of this party are mined."""
         return self.do(self.node.nonce(party.address))
 
+    def ledger_wei(self, party):
+        """What this party could withdraw now."""
+        data = self.do(self.node.call(self.market.address, contract.encode_balances(party.address)))
+        return contract.decode_balances(data)
+
+    def pass_time(self, seconds):
+        """The chain's next block comes so much later."""
+        if self._with_anvil:
+            self.net.ask("evm_increaseTime", hex(seconds))
+        else:
+            self.do(_called(lambda: self.net.methods.increase_time(seconds)))
+
     def auction(self):
         """The consumer's auction now."""
         data = self.do(self.node.call(self.market.address, contract.encode_auctions(self.consumer.address)))

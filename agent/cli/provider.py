@@ -27,6 +27,7 @@ from agent.cli.ledger import ledger_commands
 from agent.cli.market import Access, Market, market_options, open_market, receipt_facts, receipt_json
 from agent.cli.output import ADDRESS, WEI, at, duration, echo, ether, facts, json_option, table
 from agent.cli.remedies import REMEDIES, with_remedy
+from agent.cli.watch import watch
 from agent.config import AgentConfig, load_agent
 from agent.core.units import UINT64_MAX, UINT128_MAX, Address, cost_wei_ceil, cost_wei_floor, hex0x
 from agent.errors import Refused
@@ -52,7 +53,7 @@ def provider() -> None:
     """The owner who sells: run the agent, bid, look at sessions."""
 
 
-for _command in ledger_commands("provider"):
+for _command in (*ledger_commands("provider"), watch):
     provider.add_command(_command)
 
 
