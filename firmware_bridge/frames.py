@@ -19,7 +19,7 @@ READS_BITS = (1, 2)
 READS_WORDS = (3, 4)
 _ACKNOWLEDGED = (5, 6, 16)  # writes; their acknowledgement is the first five bytes of the question
 _MBAP_BYTES = 6  # transaction, protocol and length, in front of device id and PDU
-_BITS_MAX, _WORDS_READ_MAX, _WORDS_WRITTEN_MAX = 2000, 125, 123  # the protocol's own limits
+BITS_MAX, WORDS_READ_MAX, WORDS_WRITTEN_MAX = 2000, 125, 123  # the protocol's own limits
 _PDU_BYTES_MAX = 254  # with the device id; a longer length field is a desynchronised stream
 
 
@@ -67,13 +67,13 @@ def question(asked: Asked) -> bytes:
     start = bytes((asked.device_id, asked.fc)) + asked.address.to_bytes(2, "big")
     match asked.fc:
         case 1 | 2 | 3 | 4:
-            assert 1 <= asked.count <= (_BITS_MAX if asked.fc in READS_BITS else _WORDS_READ_MAX)
+            assert 1 <= asked.count <= (BITS_MAX if asked.fc in READS_BITS else WORDS_READ_MAX)
             return start + asked.count.to_bytes(2, "big")
         case 5 | 6:
             assert len(asked.words) == 1
             return start + _single(asked).to_bytes(2, "big")
         case 16:
-            assert 1 <= len(asked.words) <= _WORDS_WRITTEN_MAX
+            assert 1 <= len(asked.words) <= WORDS_WRITTEN_MAX
             words = b"".join(word.to_bytes(2, "big") for word in asked.words)
             return start + asked.count.to_bytes(2, "big") + bytes((len(words),)) + words
         case _:

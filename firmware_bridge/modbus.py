@@ -322,8 +322,6 @@ class Bus:
                 self._owner.cancel()
                 await asyncio.wait({self._owner}, timeout=_CANCEL_EVERY_S)
             self._owner = None
-        while self._waiting:
-            self._fail(self._waiting.pop(), BridgeError("closed", f"{self.wire} was closed"))
         self._drop()
 
     # -------------------------------------------------------------- the owner
@@ -332,6 +330,7 @@ class Bus:
             raise BridgeError("closed", f"{self.wire} is not open")
         if len(self._waiting) >= _QUEUE_MAX:
             raise BridgeError("bus_busy", f"{_QUEUE_MAX} requests wait for {self.wire}; poll it less often")
+        frames.question(asked)  # what cannot be asked is the caller's mistake, not the owner's end
         loop = asyncio.get_running_loop()
         # Long enough for a request ahead of us, its quarantine and a reconnect; older ones are dropped.
         patience_s = 2 * self._request_timeout_s + 2 * self._quarantine_s + 2.0
@@ -343,26 +342,35 @@ class Bus:
         return await request.answer
 
     async def _own(self) -> None:
-        while True:
-            await self._wanted.wait()
-            noise = await self._be_silent()  # first, so that a STOP that comes meanwhile is the one chosen
-            request = heapq.heappop(self._waiting)
-            if not self._waiting:
-                self._wanted.clear()
-            if request.answer.done():
-                continue  # the caller gave up
-            try:
-                if noise is not None:
-                    raise noise
-                result = await self._serve(request)
-            except BridgeError as exc:
-                self._fail(request, exc)
-            except asyncio.CancelledError:
-                self._fail(request, BridgeError("closed", f"{self.wire} was closed"))
-                raise
-            else:
-                if not request.answer.done():
-                    request.answer.set_result(result)
+        try:
+            while True:
+                await self._wanted.wait()
+                noise = (
+                    await self._be_silent()
+                )  # first, so that a STOP that comes meanwhile is the one chosen
+                request = heapq.heappop(self._waiting)
+                if not self._waiting:
+                    self._wanted.clear()
+                if not request.answer.done():  # else the caller gave up
+                    await self._settle(request, noise)
+        finally:
+            while self._waiting:
+                self._fail(self._waiting.pop(), BridgeError("closed", f"{self.wire} was closed"))
+
+    async def _settle(self, request: _Request, noise: BridgeError | None) -> None:
+        """Give the request its answer or its error, whatever happens to the owner."""
+        try:
+            if noise is not None:
+                raise noise
+            result = await self._serve(request)
+        except BridgeError as exc:
+            self._fail(request, exc)
+        except BaseException:
+            self._fail(request, BridgeError("closed", f"{self.wire} was closed"))
+            raise
+        else:
+            if not request.answer.done():
+                request.answer.set_result(result)
 
     @staticmethod
     def _fail(request: _Request, error: BridgeError) -> None:
@@ -387,7 +395,7 @@ class Bus:
         if request.spare:
             counts = [asked.count + next(self._varied) % (request.spare + 1) for _ in range(2)]
             longer = counts[1] if counts[0] == self._last_count else counts[0]
-            asked = Asked(asked.fc, asked.device_id, asked.address, longer)
+            asked = Asked(asked.fc, asked.device_id, asked.address, min(longer, frames.WORDS_READ_MAX))
         self._last_count = asked.count
         return asked
 

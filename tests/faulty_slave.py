@@ -23,7 +23,7 @@ LATE_S = (
 VERY_LATE_S = 0.85  # later than time-out and quarantine together: just when the next request listens
 UNPLUGGED_S = 0.4
 
-# fault -> what it is, in the words of the table in docs/bench.md
+# fault -> what it is, in the words of the table in docs/wire.md
 FAULTS = {
     "late": "reply after the time-out",
     "very_late": "reply after the quarantine",
@@ -60,6 +60,9 @@ DEAF = {
     "silence", "hang_up", "cut", "half_open", "unplug", "half", "echo_only", "wrong_unit", "wrong_tid", "bad_crc",
     "read_instead", "wrong_address", "wrong_value", "noise",
 }  # fmt: skip
+
+# With these a read shows something else than the truth, as the reply to another question or a bent one would.
+FOREIGN = {"wrong_unit", "wrong_tid", "zero_tid", "wrong_protocol", "wrong_function", "bad_crc"}
 
 
 def crc(data: bytes) -> bytes:
@@ -295,6 +298,8 @@ class FaultySlave:
         """The reply's PDU with its fault. A fault that this kind of request cannot have leaves it honest."""
         function = pdu[0]
         reading = function in (3, 4)
+        if reading and fault in FOREIGN:
+            reply = reply[:-1] + bytes([reply[-1] ^ 0x55])
         if fault.startswith("exception"):
             return bytes([function | 0x80, int(fault.rsplit("_", maxsplit=1)[-1])])
         match fault:
@@ -317,8 +322,7 @@ class FaultySlave:
     def _frame(self, fault: str, tid: bytes, unit: int, pdu: bytes) -> bytes:
         body = bytes([unit + (fault == "wrong_unit")]) + pdu
         if self.kind != "tcp":
-            check = crc(body)
-            return body + (bytes([check[0], check[1] ^ 0x55]) if fault == "bad_crc" else check)
+            return body + crc(body if fault != "bad_crc" else body[:-1] + bytes([body[-1] ^ 0x55]))
         if fault == "wrong_tid":
             tid = ((int.from_bytes(tid, "big") + 7) % 65536).to_bytes(2, "big")
         if fault == "zero_tid":

@@ -85,6 +85,21 @@ async def test_stop_goes_before_everything_that_waits():
         assert order.index(200) <= 1, "at most the request already on the wire goes first"
 
 
+async def test_what_cannot_be_asked_is_told_to_the_caller_and_the_bus_goes_on():
+    """Would catch a senseless request that ends the bus's owner, and with it every other device on the bus."""
+    async with FaultySlave("rtu+tcp") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        try:
+            with pytest.raises(AssertionError):
+                await bus.read(1, 3, 10, 126)
+            with pytest.raises(OverflowError):
+                await bus.write(1, 6, 10, [65_536])
+            assert len(await bus.read(1, 3, 10, 125, spare=3)) == 125
+        finally:
+            await bus.close()
+
+
 async def test_a_write_is_never_repeated_by_itself():
     """Would catch a blind second write after a time-out: the caller must look first."""
     async with FaultySlave("tcp") as slave:

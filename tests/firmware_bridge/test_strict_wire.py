@@ -1,6 +1,6 @@
 """The strict wire, as a table: every fault on TCP, RTU over TCP and RTU, on a poll and on a STOP.
 
-Each row says how long the bus needed until all was well again (`-s` prints them; docs/bench.md keeps them). Whatever is
+Each row says how long the bus needed until all was well again (`-s` prints them; docs/wire.md keeps them). Whatever is
 believed must be true, and a STOP counts only once it was read back.
 """
 
@@ -44,6 +44,9 @@ class Scenario:
 ONLY_TCP, ONLY_SERIAL = ("wrong_tid", "zero_tid", "wrong_protocol"), ("bad_crc",)
 # Without transaction ids nothing but its length tells such a reply from the right one: BRIDGE rule 2, `spare`.
 BY_LENGTH = ("very_late", "twice")
+# Until a read has shown that the adapter echoes, the echo of function 6 passes for its acknowledgement; not for a STOP, which
+# is read back.
+ECHOING = ("own words, no reply", "... and a silent device", "... and half a frame")
 
 
 def scenarios() -> list[Scenario]:
@@ -79,6 +82,7 @@ class Row:
     stopped_s: float = 0.0
     believed: int = 0
     wrong: int = 0
+    false_acks: int = 0
 
 
 class Story:
@@ -109,6 +113,7 @@ class Story:
             await self.bus.write(1, fc, LIMIT, [STOPPED], priority=Priority.STOP)
         except BridgeError:
             return False
+        self.row.false_acks += self.slave.holds(LIMIT) != (STOPPED,)
         try:
             seen = await self.bus.read(1, 3, LIMIT, 1, priority=Priority.STOP)
         except BridgeError:
@@ -163,7 +168,7 @@ async def recovered(story: Story) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """As docs/bench.md shows it: seconds to recover, seconds to a verified STOP."""
+    """As docs/wire.md shows it: seconds to recover, seconds to a verified STOP."""
     lines = [f"| {'what goes wrong':<42} | {' | '.join(f'{kind:<13}' for kind in KINDS)} |"]
     lines.append(f"|{'-' * 44}|{'|'.join('-' * 15 for _ in KINDS)}|")
     for scenario in {id(row.scenario): row.scenario for row in rows}.values():
@@ -185,6 +190,7 @@ async def test_every_fault_on_every_wire():
     print(f"\n{table(rows)}\n{len(rows)} rows, {believed} values believed")  # noqa: T201
     assert believed > 8 * len(rows)
     assert [(row.kind, row.scenario.what, row.wrong) for row in rows if row.wrong] == []
+    assert {row.scenario.what for row in rows if row.false_acks} <= set(ECHOING)
 
 
 # -------------------------------------------------------------- the soak
@@ -217,6 +223,8 @@ RSS_MB_MAX = 24  # what an allocator keeps; 100 bytes a request would be 100 MB 
 async def soak(kind: str, requests: int, faults_per_request: float, seed: int) -> tuple[int, int]:
     """(values believed, faults) of one bus under random faults; a wrong value or a false STOP fails."""
     luck = random.Random(seed)
+    impossible = ONLY_SERIAL if kind == "tcp" else ONLY_TCP
+    possible = [fault for fault in FREQUENT + RARE if fault not in impossible]
     faults = 0
     async with FaultySlave(kind) as slave:
         slave.keep_requests = False
@@ -226,7 +234,7 @@ async def soak(kind: str, requests: int, faults_per_request: float, seed: int) -
         try:
             for number in range(requests):
                 if luck.random() < faults_per_request:
-                    slave.faults.append(luck.choice(FREQUENT + RARE))
+                    slave.faults.append(luck.choice(possible))
                     faults += 1
                 if number % 50 == 0:
                     slave.written[LIMIT] = 16
@@ -238,7 +246,8 @@ async def soak(kind: str, requests: int, faults_per_request: float, seed: int) -
                     await story.read(luck.choice((3, 4)), luck.randrange(1000, 60_000), count, spare=3)
         finally:
             await bus.close()
-    assert story.row.wrong == 0, f"seed {seed}: {story.row.wrong} wrong values were believed"
+    wrong, false = story.row.wrong, story.row.false_acks
+    assert wrong == false == 0, f"seed {seed}: {wrong} wrong values, {false} false acknowledgements"
     return story.row.believed, faults
 
 
