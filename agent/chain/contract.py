@@ -53,6 +53,11 @@ class MarketParameters:
     bond_bps: int = 10_000
 
 
+SETTLEMENT_GAS = (
+    60_000  # `endConnection` with a session key's receipt at its dearest, and a little more: docs/gas.md
+)
+
+
 class SessionStatus(IntEnum):
     """NONE: never opened, or settled (the contract clears the word; `ConnectionEnded` tells how it ended)."""
 

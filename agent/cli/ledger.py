@@ -106,11 +106,22 @@ async def _show_balance(access: Access, account: Address, *, as_json: bool) -> N
     async with open_market(access) as market:
         ledger_wei = await market.ledger_wei(account)
         wallet_wei = await market.node.balance(account)
-    value = {"account": account, "ledger_wei": str(ledger_wei), "wallet_wei": str(wallet_wei)}
-    text = facts(
-        [("account", account), ("in the ledger", ether(ledger_wei)), ("in the wallet", ether(wallet_wei))]
-    )
-    echo(value, text, as_json=as_json)
+        settlement_wei = await market.settlement_wei()
+    settlements_left = wallet_wei // max(1, settlement_wei)
+    value = {
+        "account": account,
+        "ledger_wei": str(ledger_wei),
+        "wallet_wei": str(wallet_wei),
+        "settlement_wei": str(settlement_wei),
+        "settlements_left": settlements_left,
+    }
+    told = [
+        ("account", account),
+        ("in the ledger", ether(ledger_wei)),
+        ("in the wallet", ether(wallet_wei)),
+        ("gas for about", f"{settlements_left} settlements, {ether(settlement_wei)} each today"),
+    ]
+    echo(value, facts(told), as_json=as_json)
 
 
 async def _do_deposit(access: Access, amount_wei: int, *, as_json: bool) -> None:

@@ -191,6 +191,11 @@ class Market:
         """What this account could withdraw now."""
         return await self.ask(contract.encode_balances(account), contract.decode_balances)
 
+    async def settlement_wei(self) -> int:
+        """What settling one session costs in gas at today's fees."""
+        fees = await self.node.fees()
+        return contract.SETTLEMENT_GAS * (fees.base_fee_wei + fees.priority_fee_wei)
+
     async def auction(self, consumer: Address) -> contract.AuctionState:
         """The consumer's auction."""
         return await self.ask(contract.encode_auctions(consumer), contract.decode_auctions)

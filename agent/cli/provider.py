@@ -269,6 +269,12 @@ class _Offer:
     rate_wei_per_kwh: int
     bond_wei: int
     missing_wei: int  # of the bond: what neither the ledger nor our own leading bid covers
+    settlement_wei: int  # what being paid will cost, at today's fees
+
+    @property
+    def earned_wei(self) -> int:
+        """What the whole order brings."""
+        return cost_wei_floor(self.rate_wei_per_kwh, self.auction.energy_wh)
 
 
 async def _bid(
@@ -276,6 +282,12 @@ async def _bid(
 ) -> None:
     async with open_market(access) as market:
         offer = await _offer(market, consumer, auction_nonce, rate_wei_per_kwh)
+        if offer.earned_wei <= offer.settlement_wei:
+            click.echo(
+                f"v2v: the order brings {ether(offer.earned_wei)}, and to be paid costs about {ether(offer.settlement_wei)} "
+                "of gas: the agent will not settle at a loss, but wait for lower fees.",
+                err=True,
+            )
         calldata = contract.encode_place_bid(consumer, offer.auction.auction_nonce, rate_wei_per_kwh)
         receipt = await market.send(calldata, offer.missing_wei)
         placed = market.log_in(receipt, contract.BidPlaced)
@@ -306,7 +318,8 @@ async def _offer(
     own_wei = await market.ledger_wei(market.account)
     if auction.provider == market.account:
         own_wei += auction.bond_wei  # our own leading bid's bond comes back first
-    return _Offer(consumer, auction, rate_wei_per_kwh, bond_wei, max(0, bond_wei - own_wei))
+    missing_wei = max(0, bond_wei - own_wei)
+    return _Offer(consumer, auction, rate_wei_per_kwh, bond_wei, missing_wei, await market.settlement_wei())
 
 
 def _offer_json(offer: _Offer) -> dict[str, Any]:
@@ -317,16 +330,17 @@ def _offer_json(offer: _Offer) -> dict[str, Any]:
         "rate_wei_per_kwh": str(offer.rate_wei_per_kwh),
         "bond_wei": str(offer.bond_wei),
         "sent_wei": str(offer.missing_wei),
+        "settlement_wei": str(offer.settlement_wei),
     }
 
 
 def _offer_facts(offer: _Offer) -> list[tuple[str, object]]:
     auction = offer.auction
-    earned_wei = cost_wei_floor(offer.rate_wei_per_kwh, auction.energy_wh)
     return [
         ("bid on", f"auction {auction.auction_nonce} of {hex0x(offer.consumer)}"),
         ("rate", f"{offer.rate_wei_per_kwh} wei/kWh"),
-        ("for", f"{auction.energy_wh} Wh, which earns {ether(earned_wei)}"),
+        ("for", f"{auction.energy_wh} Wh, which earns {ether(offer.earned_wei)}"),
+        ("to be paid costs", f"about {ether(offer.settlement_wei)} of gas"),
         ("locked as bond", f"{ether(offer.bond_wei)}, of which {ether(offer.missing_wei)} were sent along"),
     ]
 

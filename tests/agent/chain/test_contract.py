@@ -1,8 +1,10 @@
 """The typed view against the checked-in ABI: nothing is forgotten, nothing hostile gets through."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import eth_abi
 import pytest
@@ -296,3 +298,14 @@ def test_importing_the_view_loads_no_codec():
         "import sys, agent.chain.contract; sys.exit(bool({'eth_abi', 'web3', 'pydantic'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+def test_what_a_settlement_is_said_to_cost_is_what_it_costs():
+    """Would catch a forecast that a new contract has made too small, or that frightens owners off."""
+    gas_page = (Path(__file__).parents[3] / "docs/gas.md").read_text()
+    dearest = max(
+        int(figure.replace(",", ""))
+        for row in re.findall(r"^\| endConnection by the provider.*$", gas_page, re.MULTILINE)
+        for figure in re.findall(r"[\d,]{5,}", row)
+    )
+    assert dearest <= c.SETTLEMENT_GAS <= dearest * 13 // 10

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agent.cli.charger import said_by_charger
+from agent.cli.charger_errors import said_by_charger
 from agent.errors import EXIT_MISCONFIGURED, EXIT_REFUSED, EXIT_UNREACHABLE
 from firmware_bridge.charger import BridgeError, MapError
 from firmware_bridge.simulator import Simulator, SimulatorConfig

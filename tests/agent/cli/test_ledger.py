@@ -39,6 +39,8 @@ def test_money_goes_in_and_comes_out(market):
         str(3 * 10**16),
         "0",
     )
+    told = market.v2v("provider", "balance", market.address("alice"), "--json").json
+    assert told["settlements_left"] == int(told["wallet_wei"]) // int(told["settlement_wei"]) > 100
     shown = market.v2v("provider", "balance", market.address("alice"))
     assert "in the ledger  0 ETH" in shown.out
 
