@@ -72,7 +72,7 @@ def test_a_person_sees_what_is_locked_and_until_when(market):
     assert said.exit_code == 0
     assert "0.0000000000002 ETH, of which 0.0000000000002 ETH were sent along" in said.out
     assert "bidding closes" in said.out
-    assert "to be paid costs  about 0.0" in said.out
+    assert "of gas" in said.out
     assert "will not settle at a loss" in said.err, "the order brings 0.0000000000002 ETH"
     listed = market.v2v("provider", "auctions").out
     assert market.address("alice") in listed
