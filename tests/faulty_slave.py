@@ -22,6 +22,7 @@ LATE_S = (
 )
 VERY_LATE_S = 0.85  # later than time-out and quarantine together: just when the next request listens
 UNPLUGGED_S = 0.4
+TURNAROUND_S = 0.04  # between two things said later than asked; an honest reply comes at once
 
 # fault -> what it is, in the words of the table in docs/wire.md
 FAULTS = {
@@ -282,7 +283,7 @@ class FaultySlave:
         if at_s <= now_s:
             line.write(data)
             return
-        self._busy_until_s = at_s + 0.001
+        self._busy_until_s = at_s + TURNAROUND_S
         self._in(at_s - now_s, lambda: line.write(data))
 
     def _in(self, delay_s: float, act: Callable[[], object]) -> None:
