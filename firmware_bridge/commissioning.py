@@ -274,7 +274,7 @@ class Commissioning:
             raise Failed(f"the counter went back from {first} to {second} mWh at rest")
         if second - first > 2 * self.charger.limits.counter_step_mwh:
             raise Failed(f"the counter grew by {second - first} mWh with the contactor open")
-        return f"{second / 1000:g} Wh, in steps of {self.charger.limits.counter_step_mwh / 1000:g} Wh"
+        return f"{second // 1000} Wh, in steps of {self.charger.limits.counter_step_mwh / 1000:g} Wh"
 
     async def _register(self) -> int:
         """The counter; a sentinel now and then is no news, a lasting one is."""

@@ -53,6 +53,14 @@ def is_trusted(config: ChargerConfig) -> bool:
     return all(load_map(name).trusted for name in names)
 
 
+def falls_to_zero(config: ChargerConfig) -> bool:
+    """True for a device whose own failsafe stops; others throttle at best, and need an external cut-off. Raises MapError."""
+    if is_rapi(config.wire):
+        return False
+    failsafe = load_map(config.map).failsafe
+    return failsafe is not None and failsafe.zero_fallback
+
+
 def editions(config: ChargerConfig) -> Mapping[str, str]:
     """SHA-256 of each device map in use: a report about another edition of a map proves nothing about this one."""
     if is_rapi(config.wire):

@@ -19,7 +19,7 @@ from typing import Final
 
 import click
 
-from agent.cli.charger import said_by_charger
+from agent.cli.charger_errors import said_by_charger
 from agent.config import PortConfig, load_ports
 from agent.errors import AgentError, Misconfigured, Refused, Transient
 from firmware_bridge.charger import BridgeError, Charger, MapError

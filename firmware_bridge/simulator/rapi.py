@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from firmware_bridge.simulator.plant import Plant, PlantConfig
 from firmware_bridge.simulator.serial_line import SerialLine
 from firmware_bridge.simulator.server import Truth
 
+TRUTH_EVERY_S = 0.5
 TICK_S = 0.05  # how often unasked news are looked for
 _LINE_BYTES_MAX = 32  # the real one's buffer: what is longer is lost
 _ACK = "165"
@@ -301,22 +303,29 @@ class RapiSimulator:
 async def run_rapi_simulator(
     config: RapiSimulatorConfig,
     *,
-    truth_changed: Callable[[Truth], None],
+    truth_file: Path | None = None,
     say: Callable[[Mapping[str, object]], None],
-    every_s: float = 0.5,
 ) -> Truth:
-    """Simulate until SIGTERM or SIGINT. `say` gets `{event: listening | ended, ...}`, `truth_changed` the truth now and then."""
+    """Simulate until SIGTERM or SIGINT. `say` gets `{event: listening | ended, ...}`. Returns the truth at the end."""
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
     async with RapiSimulator(config) as box:
-        truth_changed(box.truth())
+        _write_truth(truth_file, box.truth())
         say({"event": "listening", "wire": box.wire, "map": "openevse_rapi", "device_id": 0})
         while not told_to_stop.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(told_to_stop.wait(), every_s)
-            truth_changed(box.truth())
+                await asyncio.wait_for(told_to_stop.wait(), TRUTH_EVERY_S)
+            _write_truth(truth_file, box.truth())
         truth = box.truth()
     say({"event": "ended", **truth.as_dict()})
     return truth
+
+
+def _write_truth(path: Path | None, truth: Truth) -> None:
+    """Replace the file in one step, so that a reader never sees half of it."""
+    if path is not None:
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(truth.as_dict()) + "\n", encoding="utf-8")
+        beside.replace(path)
