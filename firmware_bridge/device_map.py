@@ -598,7 +598,7 @@ class _Compiler:
         if table.fed_by == "timeout" and "timeout_ms" not in points:
             self.problems.add(("failsafe", "fed_by"), "needs [failsafe.timeout_ms]")
         fallback = tuple(points[name] for name in _FAILSAFE if name in points and name != "timeout_ms")
-        if table.fed_by == "keep_alive" and "keep_alive" not in self.table.command:
+        if table.fed_by == "keep_alive" and "keep_alive" not in self._named("command"):
             self.problems.add(("failsafe", "fed_by"), "needs [command.keep_alive]")
         if table.kind == "none" and table.zero_fallback:
             self.problems.add(

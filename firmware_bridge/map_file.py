@@ -31,6 +31,7 @@ FailsafeKind = Literal[
     "device_setting",
     "none",
 ]
+PlaceType = Literal[WordType, "bit"]
 FedBy = Literal["any_request", "keep_alive", "set_point", "timeout"]
 
 
@@ -67,7 +68,7 @@ class ReadTable(_Strict):
     address: _Address | None = None
     addresses: list[_Address] | None = Field(default=None, min_length=1, max_length=3)  # one per mains phase
     combine: Literal["max", "sum", "first", "difference"] = "max"
-    type: WordType | Literal["bit"]
+    type: PlaceType
     words: int = Field(default=0, ge=0, le=64)  # length of an ascii value
     fc: Literal[1, 2, 3, 4] | None = None
     word_order: WordOrder | None = None
@@ -84,7 +85,7 @@ class WriteTable(_Strict):
     """One quantity, switch or token that the device takes."""
 
     address: _Address
-    type: WordType | Literal["bit"]
+    type: PlaceType
     fc: Literal[5, 6, 16] | None = None
     read_fc: Literal[1, 3, 4] | None = None
     word_order: WordOrder | None = None
@@ -256,15 +257,15 @@ class Problems:
                     return None
         return None
 
-    @staticmethod
-    def _left_out(data: dict[str, Any], loc: tuple[int | str, ...], what: str) -> bool:
+    def _left_out(self, data: dict[str, Any], loc: tuple[int | str, ...], what: str) -> bool:
         """True when what is wrong could be taken out of `data` without inventing what was meant."""
-        path = _real_path(data, loc, keep_last=what == "missing")
+        path = _real_path(self.data, loc, keep_last=what == "missing")
         if what != "extra_forbidden":
-            path = path[:2] if path[0] in ("read", "command", "expect", "prepare") and len(path) > 1 else ()
+            entry = len(path) > 1 and path[0] in ("read", "command", "expect", "prepare")
+            path = path[:2] if entry else ()
         if not path:
             return False
-        holder = data
+        holder: Any = data
         for part in path[:-1]:
             holder = _descend(holder, part)
         if isinstance(holder, list):
@@ -275,9 +276,13 @@ class Problems:
 
     def add_schema(self, error: ValidationError) -> None:
         """Note everything that has not the shape of a map."""
+        told: set[tuple[str, ...]] = set()
         for item in error.errors(include_url=False, include_context=False):
             # A union adds its members' names to the location; the file's own keys end where the data ends.
             path = _real_path(self.data, item["loc"], keep_last=item["type"] == "missing")
+            if path in told:
+                continue  # the other ways in which the same value could have been right
+            told.add(path)
             if item["type"] == "extra_forbidden":
                 self.add(path, f"unknown key{_nearest(path)}")
             elif item["type"] == "missing":
