@@ -1,26 +1,36 @@
-"""One Modbus question as bytes, and what its answer must look like, byte by byte: pure, without a Modbus library.
+"""One Modbus question as bytes, and what is believed of its answer. pymodbus writes and reads the frames; the judging is ours.
 
 Rules (BRIDGE, the wire)
+* What pymodbus understood is believed only if, written down again, it is every byte that came: its reader hunts for a frame
+  inside garbage, rounds coils and takes what fits, and none of that may become a meter's word.
 * Every field that the answer shares with the question is held against it: transaction, device id, function, length,
   echoed address and value, and the checksum where the wire has one. What does not agree is `wrong_reply`.
 * A refusal by the device (exception) is told from a wrong reply only after the same checks.
-* Nothing is guessed: no hunting for a frame inside garbage, no taking what fits out of what came.
 
-May not know: sockets, ports, pymodbus, time.
+May not know: sockets, ports, time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pymodbus.exceptions import ModbusException
+from pymodbus.framer import FramerRTU, FramerSocket
+from pymodbus.pdu import DecodePDU, ModbusPDU
+from pymodbus.pdu import bit_message as of_bits
+from pymodbus.pdu import register_message as of_words
+
 from firmware_bridge.charger import BridgeError
 
 READS_BITS = (1, 2)
 READS_WORDS = (3, 4)
-_ACKNOWLEDGED = (5, 6, 16)  # writes; their acknowledgement is the first five bytes of the question
-_MBAP_BYTES = 6  # transaction, protocol and length, in front of device id and PDU
+_ACKNOWLEDGED = (5, 6, 16)  # writes; their acknowledgement repeats address and value, or address and count
 BITS_MAX, WORDS_READ_MAX, WORDS_WRITTEN_MAX = 2000, 125, 123  # the protocol's own limits
-_PDU_BYTES_MAX = 254  # with the device id; a longer length field is a desynchronised stream
+_HEADER_BYTES = 6  # transaction, protocol, length
+_LENGTH_MIN, _LENGTH_MAX = 3, 254  # of device id and PDU; another length field is a desynchronised stream
+
+_ANSWERS = DecodePDU(is_server=False)
+_TCP, _RTU = FramerSocket(_ANSWERS), FramerRTU(_ANSWERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,76 +49,75 @@ class Asked:
         return self.fc in (5, 6)
 
 
-def _crc_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        value = byte
-        for _ in range(8):
-            value = (value >> 1) ^ 0xA001 if value & 1 else value >> 1
-        table.append(value)
-    return tuple(table)
-
-
-_CRC_TABLE = _crc_table()
-
-
-def crc(data: bytes) -> bytes:
-    """CRC-16/Modbus of `data`, low byte first, as it stands on the wire."""
-    value = 0xFFFF
-    for byte in data:
-        value = (value >> 8) ^ _CRC_TABLE[(value ^ byte) & 0xFF]
-    return value.to_bytes(2, "little")
-
-
-def question(asked: Asked) -> bytes:
-    """Device id and PDU of the request. AssertionError for what no Modbus device can be asked."""
+def _request(asked: Asked) -> ModbusPDU:
+    """The request as pymodbus knows it. AssertionError for what no Modbus device can be asked."""
     assert 0 <= asked.device_id <= 255
     assert 0 <= asked.address <= 0xFFFF
-    start = bytes((asked.device_id, asked.fc)) + asked.address.to_bytes(2, "big")
+    assert all(0 <= word <= 0xFFFF for word in asked.words)
+    device_id, address = asked.device_id, asked.address
     match asked.fc:
         case 1 | 2 | 3 | 4:
             assert 1 <= asked.count <= (BITS_MAX if asked.fc in READS_BITS else WORDS_READ_MAX)
-            return start + asked.count.to_bytes(2, "big")
-        case 5 | 6:
+            return _READS[asked.fc](dev_id=device_id, address=address, count=asked.count)
+        case 5:
             assert len(asked.words) == 1
-            return start + _single(asked).to_bytes(2, "big")
+            return of_bits.WriteSingleCoilRequest(
+                dev_id=device_id, address=address, bits=[bool(asked.words[0])]
+            )
+        case 6:
+            assert len(asked.words) == 1
+            return of_words.WriteSingleRegisterRequest(
+                dev_id=device_id, address=address, registers=list(asked.words)
+            )
         case 16:
             assert 1 <= len(asked.words) <= WORDS_WRITTEN_MAX
-            words = b"".join(word.to_bytes(2, "big") for word in asked.words)
-            return start + asked.count.to_bytes(2, "big") + bytes((len(words),)) + words
+            return of_words.WriteMultipleRegistersRequest(
+                dev_id=device_id, address=address, registers=list(asked.words)
+            )
         case _:
             raise AssertionError(f"function code {asked.fc} is none of ours")
 
 
-def _single(asked: Asked) -> int:
-    if asked.fc == 5:
-        return 0xFF00 if asked.words[0] else 0
-    return asked.words[0]
+_READS: dict[int, type[ModbusPDU]] = {
+    1: of_bits.ReadCoilsRequest,
+    2: of_bits.ReadDiscreteInputsRequest,
+    3: of_words.ReadHoldingRegistersRequest,
+    4: of_words.ReadInputRegistersRequest,
+}
+
+
+def question(asked: Asked) -> bytes:
+    """Device id and PDU of the request. AssertionError for what no Modbus device can be asked."""
+    return _body(_request(asked))
+
+
+def _body(pdu: ModbusPDU) -> bytes:
+    return bytes((pdu.dev_id, pdu.function_code)) + pdu.encode()
 
 
 def tcp_frame(asked: Asked, transaction_id: int) -> bytes:
     """The request as Modbus TCP sends it."""
-    body = question(asked)
-    return transaction_id.to_bytes(2, "big") + b"\0\0" + len(body).to_bytes(2, "big") + body
+    request = _request(asked)
+    request.transaction_id = transaction_id
+    return _TCP.buildFrame(request)
 
 
 def rtu_frame(asked: Asked) -> bytes:
     """The request as RTU sends it, with its checksum."""
-    body = question(asked)
-    return body + crc(body)
+    return _RTU.buildFrame(_request(asked))
 
 
 def tcp_size(heard: bytes) -> int:
-    """Bytes of the Modbus TCP frame that begins `heard`, 0 while that is not known yet.
+    """Bytes of the Modbus TCP frame that begins `heard`, 0 while it is not whole.
 
     Raises `wrong_reply` when no frame begins so.
     """
-    if len(heard) < _MBAP_BYTES:
+    if len(heard) < _HEADER_BYTES:
         return 0
     length = int.from_bytes(heard[4:6], "big")
-    if heard[2:4] != b"\0\0" or not 3 <= length <= _PDU_BYTES_MAX:
+    if heard[2:4] != b"\0\0" or not _LENGTH_MIN <= length <= _LENGTH_MAX:
         raise BridgeError("wrong_reply", f"{heard[:6].hex(' ')} is no Modbus TCP header")
-    return _MBAP_BYTES + length
+    return _TCP.decode(heard)[0]
 
 
 def rtu_size(heard: bytes, asked: Asked) -> int:
@@ -120,28 +129,29 @@ def rtu_size(heard: bytes, asked: Asked) -> int:
     if len(heard) < 2:
         return 0
     _check_sender(heard, asked)
-    if heard[1] & 0x80:
-        return 5
-    if asked.fc in _ACKNOWLEDGED:
-        return 8
-    return 5 + heard[2] if len(heard) > 2 else 0
+    kind = _ANSWERS.lookupPduClass(heard)
+    assert kind is not None, "a function of ours"
+    return kind.calculateRtuFrameSize(heard)
 
 
 def open_tcp(frame: bytes, asked: Asked, transaction_id: int) -> tuple[int, ...]:
     """The words (or bits) of a whole Modbus TCP frame, `()` for a write. Raises as `check_reply` does."""
-    said_id = int.from_bytes(frame[:2], "big")
+    _, device_id, said_id, pdu = _TCP.decode(frame)
     if said_id != transaction_id:
         raise BridgeError("wrong_reply", f"transaction {said_id} instead of {transaction_id}")
-    return check_reply(frame[_MBAP_BYTES:], asked)
+    if _TCP.encode(pdu, device_id, said_id) != frame:
+        raise BridgeError("wrong_reply", f"{frame.hex(' ')} is not one whole Modbus TCP frame")
+    return check_reply(bytes((device_id,)) + pdu, asked)
 
 
 def open_rtu(frame: bytes, asked: Asked) -> tuple[int, ...]:
     """The words (or bits) of a whole RTU frame, `()` for a write. Raises as `check_reply` does."""
-    if crc(frame[:-2]) != frame[-2:]:
+    _, device_id, _, pdu = _RTU.decode(frame)
+    if _RTU.encode(pdu, device_id, 0) != frame:
         raise BridgeError(
             "wrong_reply", "the checksum is wrong; check wiring, termination, baud rate, parity"
         )
-    return check_reply(frame[:-2], asked)
+    return check_reply(bytes((device_id,)) + pdu, asked)
 
 
 def check_reply(reply: bytes, asked: Asked) -> tuple[int, ...]:
@@ -151,21 +161,30 @@ def check_reply(reply: bytes, asked: Asked) -> tuple[int, ...]:
     answer to this question.
     """
     _check_sender(reply, asked)
-    if reply[1] & 0x80:
-        if len(reply) != 3:
-            raise BridgeError("wrong_reply", f"an exception of {len(reply)} bytes")
-        raise BridgeError(f"exception_{reply[2]}", _exception_meaning(reply[2], asked))
+    said = _understood(reply)
+    if said.isError():
+        raise BridgeError(f"exception_{said.exception_code}", _exception_meaning(said.exception_code, asked))
     if asked.fc in _ACKNOWLEDGED:
-        return _check_echo(reply, asked)
-    wanted_bytes = (asked.count + 7) // 8 if asked.fc in READS_BITS else 2 * asked.count
-    if len(reply) != 3 + wanted_bytes or reply[2] != wanted_bytes:
-        raise BridgeError(
-            "wrong_reply",
-            f"{len(reply) - 3} bytes came, announced as {reply[2]}, asked were {wanted_bytes} ({_place(asked)})",
-        )
-    if asked.fc in READS_BITS:
-        return tuple(reply[3 + at // 8] >> at % 8 & 1 for at in range(asked.count))
-    return tuple(reply[at] << 8 | reply[at + 1] for at in range(3, len(reply), 2))
+        return _check_echo(said, asked)
+    # Coils come in whole bytes, so a few more than asked for.
+    values = said.bits if asked.fc in READS_BITS else said.registers
+    wanted = (asked.count + 7) // 8 * 8 if asked.fc in READS_BITS else asked.count
+    if len(values) != wanted:
+        raise BridgeError("wrong_reply", f"{len(values)} values came, asked were {wanted} ({_place(asked)})")
+    return tuple(map(int, values[: asked.count]))
+
+
+def _understood(reply: bytes) -> ModbusPDU:
+    """What pymodbus reads, if it is all that is there."""
+    pdu = _ANSWERS.decode(reply[1:])
+    if pdu is not None:
+        pdu.dev_id = reply[0]
+        try:
+            if _body(pdu) == reply:
+                return pdu
+        except (ModbusException, ValueError, IndexError):
+            pass  # it understood something that cannot be written down
+    raise BridgeError("wrong_reply", f"{reply.hex(' ')} is more or less than one answer")
 
 
 def _check_sender(reply: bytes, asked: Asked) -> None:
@@ -175,12 +194,17 @@ def _check_sender(reply: bytes, asked: Asked) -> None:
         raise BridgeError("wrong_reply", f"function {reply[1] & 0x7F} answered, asked {asked.fc}")
 
 
-def _check_echo(reply: bytes, asked: Asked) -> tuple[int, ...]:
-    number = asked.count if asked.fc == 16 else _single(asked)
-    if reply[2:] != asked.address.to_bytes(2, "big") + number.to_bytes(2, "big"):
-        raise BridgeError(
-            "wrong_reply", f"{reply[2:].hex(' ')} acknowledged after {_place(asked)} was written"
+def _check_echo(said: ModbusPDU, asked: Asked) -> tuple[int, ...]:
+    if asked.fc == 16:
+        agrees = said.count == asked.count
+    else:
+        agrees = (
+            bool(said.bits[0]) == bool(asked.words[0])
+            if asked.fc == 5
+            else said.registers[0] == asked.words[0]
         )
+    if said.address != asked.address or not agrees:
+        raise BridgeError("wrong_reply", f"{said} acknowledged after {_place(asked)} was written")
     return ()
 
 

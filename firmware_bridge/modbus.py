@@ -2,7 +2,7 @@
 
 Rules (BRIDGE, the wire)
 * pymodbus takes a late reply as the answer to any next request, even a late *read* as the acknowledgement of
-  a STOP. So it only connects and carries bytes; `frames.py` writes the questions and judges every answer.
+  a STOP. So its client only connects and carries bytes; `frames.py` judges every answer before it is believed.
 * An answer is one frame and nothing else: on a serial line it is believed only after the silence that ends a frame.
 * After any time-out or rejected reply the bus stays silent until nothing came for max(turnaround, 0.5 s).
 * One owner task per bus takes requests by priority, STOP first, and chooses only when the bus may speak again.

@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pymodbus.framer import FramerRTU
 
 from firmware_bridge import frames
 from firmware_bridge.charger import BridgeError
@@ -14,6 +15,11 @@ from firmware_bridge.frames import Asked
 
 READ = Asked(3, 1, 107, 3)
 READ_REPLY = bytes.fromhex("010306022b00000064")  # the specification's own example, device 1
+
+
+def with_crc(body: bytes) -> bytes:
+    """As a device ends a frame."""
+    return body + FramerRTU.compute_CRC(body).to_bytes(2, "big")
 
 
 def outcome(frame: bytes, asked: Asked) -> tuple[int, ...] | str:
@@ -36,16 +42,29 @@ def test_the_examples_of_the_specification():
 
 
 def test_the_checksum_is_the_known_one():
-    """Would catch a CRC with the wrong polynomial, start or byte order: 01 03 00 00 00 0A ends in C5 CD everywhere."""
-    assert frames.crc(bytes.fromhex("01030000000a")) == bytes.fromhex("c5cd")
-    assert frames.crc(b"123456789") == (0x4B37).to_bytes(2, "little")
+    """Would catch a library whose CRC has another polynomial, start or byte order: 01 03 00 00 00 0A ends in C5 CD everywhere."""
+    assert frames.rtu_frame(Asked(3, 1, 0, 10)) == bytes.fromhex("01030000000ac5cd")
+
+
+def test_the_library_is_believed_only_when_it_says_every_byte():
+    """Would catch what pymodbus does by itself: hunting for a frame in garbage, rounding a coil, dropping an odd byte."""
+    good = with_crc(READ_REPLY)
+    assert outcome(good, READ) == (0x022B, 0, 0x64)
+    assert outcome(b"\x00" + good, READ) == "wrong_reply"
+    assert outcome(good + b"\x00", READ) == "wrong_reply"
+    assert outcome(with_crc(bytes.fromhex("01050010ff01")), Asked(5, 1, 16, 1, (1,))) == "wrong_reply"
+    assert outcome(with_crc(bytes.fromhex("010305022b000000")), Asked(3, 1, 107, 2)) == "wrong_reply"
+    tcp = bytes.fromhex("000700000009") + READ_REPLY
+    assert frames.open_tcp(tcp, READ, 7) == (0x022B, 0, 0x64)
+    with pytest.raises(BridgeError, match="wrong_reply"):
+        frames.open_tcp(tcp + b"\x00", READ, 7)
 
 
 @pytest.mark.parametrize("asked", [READ, Asked(6, 1, 1, 1, (3,)), Asked(16, 1, 1, 2, (10, 20))])
 def test_no_bent_bit_is_believed_on_a_line_with_checksums(asked):
     """Would catch a checksum that is not looked at, or not over all bytes: every single and double flip is refused."""
     body = READ_REPLY if asked is READ else frames.question(asked)[:6]
-    good = body + frames.crc(body)
+    good = with_crc(body)
     assert not isinstance(outcome(good, asked), str)
     for at in range(8 * len(good)):
         bent = bytearray(good)
