@@ -9,8 +9,15 @@ from dataclasses import replace
 import pytest
 
 from firmware_bridge.charger import BridgeError, MapError
-from firmware_bridge.device_map import MAPS, load_map
-from firmware_bridge.mapped_charger import ChargerConfig, MeterConfig, open_charger, plan_blocks, read_device
+from firmware_bridge.device_map import MAPS, NoValue, load_map
+from firmware_bridge.mapped_charger import (
+    ChargerConfig,
+    MeterConfig,
+    open_charger,
+    plan_blocks,
+    read_device,
+    unproven,
+)
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 from firmware_bridge.stopping import StopModel, StopPlanner
 
@@ -311,6 +318,138 @@ async def test_every_quantity_that_is_pinned_is_read_back(name):
     compared = {key: value for key, value in seen.items() if key in pins}
     assert compared == {key: pins[key] for key in compared}
     assert len(compared) >= 4
+
+
+def variant(name: str, folder, *changes: tuple[str, str]) -> str:
+    """The map of this name with these pieces replaced, as a file."""
+    text = (MAPS / f"{name}.toml").read_text(encoding="utf-8")
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after, 1)
+    path = folder / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("charger", "meter", "proofs"),
+    [
+        ("simulated", None, ()),
+        ("webasto_next", None, ()),
+        ("obo_ion_epc2plus", METER, ()),
+        ("heidelberg_energy_control", METER, ()),
+        ("heidelberg_energy_control", "abb_b23_b24", ("energy",)),
+        ("keba_p30", None, ("failsafe", "energy")),
+        ("keba_p30", METER, ("failsafe",)),
+        ("abb_terra_ac", METER, ("failsafe",)),
+        ("evse_din_simpleevse", "iskra_wm3m4", ("failsafe", "energy")),
+    ],
+)
+def test_what_must_be_proven_is_said_of_the_pair(charger, meter, proofs):
+    """Would catch a sale by a map that nobody confirmed (BRIDGE rule 9), and a good meter that helps nobody."""
+    config = ChargerConfig(
+        map=charger, wire="tcp://127.0.0.1:502", meter=MeterConfig(map=meter) if meter else None
+    )
+    assert unproven(config) == proofs
+
+
+async def test_power_that_is_not_shown_is_not_taken_for_none():
+    """Would catch a stop that is believed because the device shows a sentinel instead of its 11 kW."""
+    pins = {"power_w": 11_000, "pilot_state": "B"}
+    config = SimulatorConfig(map="bender_cc61x", tcp="127.0.0.1:0", pinned=pins)
+    async with Simulator(config) as simulator:
+        charger = await open_charger(connected(simulator))
+        pins["power_w"] = NoValue()
+        reading = await charger.read()
+        assert reading.power_w == 11_000
+        assert not reading.seen_open
+        await charger.close()
+        with pytest.raises(BridgeError, match=r"power_unreadable.*is a meter fitted"):
+            await open_charger(connected(simulator))
+
+
+async def test_a_fallback_that_only_the_installer_can_set_must_be_right_already(tmp_path):
+    """Would catch an Alfen armed with a safe current of 6 A: silence would go on charging for ever."""
+    name = variant(
+        "simulated",
+        tmp_path,
+        ('raw_unit = "1 mA"\n\n[energy]', 'raw_unit = "1 mA"\naccess = "R"\n\n[energy]'),
+    )
+    async with Simulator(simulated("simulated")) as simulator:
+        charger = await open_charger(ChargerConfig(map=name, wire=simulator.wire))
+        with pytest.raises(BridgeError, match=r"failsafe_not_armed.*holds 6000 at 205.*own menu"):
+            await charger.arm(2)
+        simulator.plant.arm_failsafe(simulator.plant.now_ms, current_ma=0)
+        await charger.arm(2)
+        assert all(address != 205 for _, address, _ in simulator.writes)
+        await charger.close()
+
+
+async def test_what_is_shown_elsewhere_is_read_back_there(tmp_path):
+    """Would catch KEBA's timeout read back from the register it is written to, which breaks its connection."""
+    async with Simulator(simulated("keba_p30")) as simulator:
+        charger = await open_charger(connected(simulator))
+        await charger.arm(2)
+        await charger.close()
+        assert [(at, words) for _, at, words in simulator.writes][:2] == [(5016, (0,)), (5018, (2,))]
+    lying = variant("keba_p30", tmp_path, ("address = 1602", "address = 1600"))
+    async with Simulator(simulated("keba_p30")) as simulator:
+        charger = await open_charger(ChargerConfig(map=lying, wire=simulator.wire))
+        with pytest.raises(BridgeError, match=r"failsafe_not_armed.*1600 \(timeout_ms\) after 2000"):
+            await charger.arm(2)
+        await charger.close()
+
+
+async def test_the_timeout_itself_is_what_feeds_some_timers():
+    """Would catch a KEBA or a SunSpec device that stops in the middle of a sale, though everybody is well."""
+    async with Simulator(simulated("sunspec_der_7xx")) as simulator:
+        charger = await open_charger(connected(simulator))
+        await charger.arm(5)
+        simulator.writes.clear()
+        await read_until(
+            charger,
+            lambda _: [words for _, _, words in simulator.writes].count((0, 5)) >= 2,
+            beat=lambda: charger.set_limit(current_ma=16_000),
+            limit_s=30,
+        )
+        assert not simulator.truth().failsafe_tripped
+        assert simulator.truth().offered_ma == 16_000
+        await charger.close()
+
+
+async def test_a_device_with_a_named_cut_off_is_not_asked_to_fall_back():
+    """Would catch a box that refuses a fallback of 0 A and so could not be used even behind a watchdog contactor."""
+    async with Simulator(simulated("phoenix_charx_sec")) as simulator:
+        charger = await open_charger(connected(simulator, external_cut_off="contactor K1"))
+        await charger.arm(2)
+        assert all(address not in (1306, 1307) for _, address, _ in simulator.writes)
+        assert not simulator.truth().failsafe_armed
+        await charger.close()
+
+
+async def test_a_counter_is_only_as_fine_as_what_it_holds():
+    """Would catch a stop planned to the Wh on a float that has long been counting in twos (20 MWh, kWh as f32)."""
+    old = replace(QUICK, register_mwh_begin=20_000_000_000)
+    for plant, step_mwh in ((QUICK, 1000), (old, 1954)):
+        async with Simulator(replace(simulated("obo_ion_epc2plus"), plant=plant)) as simulator:
+            charger = await open_charger(connected(simulator))
+            assert charger.limits.counter_step_mwh == step_mwh
+            await charger.close()
+
+
+async def test_a_set_point_that_expires_is_kept_at_zero_too():
+    """Would catch a stop that runs out after a minute, and the box going back to its safe current."""
+    async with Simulator(simulated("alfen_ng9xx")) as simulator:
+        charger = await open_charger(connected(simulator))
+        await charger.arm(2)
+        simulator.writes.clear()
+        holds = []
+        while len(holds) < 3:
+            await charger.hold()
+            holds = [words for _, address, words in simulator.writes if address == 1210]
+            await asyncio.sleep(0.05)
+        assert set(holds) == {(0, 0)}
+        await charger.close()
 
 
 def test_reads_are_grouped_as_the_device_allows():

@@ -81,3 +81,19 @@ def test_a_fault_stays_visible_for_a_while():
     judge.judge(0, BEGIN_MWH, 65_500, None)
     assert judge.judge(FAULT_SHOWN_MS, BEGIN_MWH, 0, None) == "power_out_of_range"
     assert judge.judge(FAULT_SHOWN_MS + 1000, BEGIN_MWH, 0, None) is None
+
+
+def test_power_that_is_not_shown_is_a_fault_when_it_lasts():
+    """Would catch a stop believed because a dead meter shows no power; one sentinel (Bender) passes."""
+    assert watch([(0, BEGIN_MWH, 0), (200, BEGIN_MWH, None), (400, BEGIN_MWH, 0)]) == []
+    dark = [(0, BEGIN_MWH, 4000)] + [(at, BEGIN_MWH, None) for at in range(200, 5000, 200)]
+    assert set(watch(dark)) == {"power_unreadable"}
+    assert "power_unreadable" in watch([(at, BEGIN_MWH, None) for at in range(0, 5000, 200)])
+
+
+def test_what_flowed_in_the_dark_is_not_held_against_the_counter():
+    """Would catch a fault after every sentinel: 60 Wh were counted while no power was shown."""
+    looks = [(at, BEGIN_MWH + at * 6, 22_000) for at in range(0, 2000, 200)]
+    looks += [(at, BEGIN_MWH + at * 6, None) for at in range(2000, 4000, 200)]
+    looks += [(at, BEGIN_MWH + at * 6, 22_000) for at in range(4000, 30_000, 200)]
+    assert watch(looks) == []

@@ -80,3 +80,46 @@ def test_text_is_padded_stripped_and_bounded():
     assert registers.decode(words, "ascii") == "AB1"
     with pytest.raises(registers.EncodeError):
         registers.encode("too long", "ascii", word_count=2)
+
+
+@given(
+    kind=st.sampled_from(["t5", "t6"]),
+    order=st.sampled_from(["big", "little"]),
+    exponent=st.integers(-6, 20),
+    data=st.data(),
+)
+def test_a_number_with_its_own_exponent_survives_the_round_trip(kind, order, exponent, data):
+    """Would catch 24 bits read as 23, a sign taken from the exponent, and an exponent of the wrong sign."""
+    significand = data.draw(st.integers(0, 2**24 - 1) if kind == "t5" else st.integers(-(2**23), 2**23 - 1))
+    value = significand * Fraction(10) ** exponent
+    words = registers.encode(value, kind, order)
+    shown = registers.decode(words, kind, order)
+    assert abs(shown - value) * 10**6 <= max(abs(value), 1)
+    if exponent == 0:
+        assert shown == value
+
+
+def test_t5_and_t6_are_as_their_maker_says():
+    """Would catch a round trip that is wrong the same way twice: 230.5 V and -1234 W as a meter sends them."""
+    assert registers.decode([0xFF00, 2305], "t5") == Fraction(2305, 10)
+    assert registers.decode([0x00FF, 0x10000 - 1234], "t6") == -1234
+    with pytest.raises(registers.EncodeError, match="t5"):
+        registers.encode(-1, "t5")
+
+
+@given(value=st.floats(min_value=2**-10, max_value=2**30, width=32))
+def test_the_grain_of_a_float_is_the_distance_to_the_next(value):
+    """Would catch a counter trusted to a Wh that its float no longer carries."""
+    grain = registers.float_grain(Fraction(value), "f32")
+    bits = struct.unpack(">I", struct.pack(">f", value))[0]
+    following = struct.unpack(">f", struct.pack(">I", bits + 1))[0]
+    assert grain == Fraction(following) - Fraction(value)
+    assert registers.float_grain(Fraction(value), "f64") == Fraction(math.ulp(value))
+
+
+@given(number=st.integers(0, 2**64 - 1), order=st.sampled_from(["big", "little"]))
+def test_a_pattern_is_found_again_as_a_sentinel(number, order):
+    """Would catch a sentinel that the simulator shows and the driver takes for a value."""
+    words = registers.pattern(number, 4, order)
+    assert registers.is_sentinel(words, (number,), order)
+    assert not registers.is_sentinel(words, (number ^ 1,), order)
