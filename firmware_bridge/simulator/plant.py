@@ -78,6 +78,7 @@ class Plant:
         # It tripped while power was offered; a timer that runs out on an idle box is no fault.
         self.failsafe_cut = False
         self.faults: frozenset[str] = frozenset()  # of PLANT_FAULTS, that hold now
+        self.zero_at_ms: int | None = None  # when the current was last seen to end
         self.supplied = True  # false once an external cut-off took the box's supply away
         self._frozen_register_mwh = 0
         self._fed_ms = now_ms
@@ -150,7 +151,7 @@ class Plant:
         """Somebody opens the contactor in front of the box: nothing flows, whatever the box and its relay do."""
         self.advance(now_ms)
         self.supplied = False
-        self.current_ma = 0
+        self._end_current()
 
     # -------------------------------------------------------------- what can be seen
     @property
@@ -233,6 +234,8 @@ class Plant:
         self.current_ma += max(-most_ma, min(most_ma, goal_ma - self.current_ma))
         self.energy_uj += (before_mw + self.power_mw) * elapsed_ms // 2
         self.now_ms = until_ms
+        if before_mw and not self.current_ma:
+            self.zero_at_ms = until_ms
 
     def _current_goal_ma(self) -> int:
         if not self.contactor_closed or not self.supplied or "car_stops" in self.faults:
@@ -293,4 +296,8 @@ class Plant:
         if self.contactor_stuck and self.contactor_closed:
             return  # the welded relay: everything was commanded, and the current flows on
         self.contactor_closed = False
-        self.current_ma = 0
+        self._end_current()
+
+    def _end_current(self) -> None:
+        if self.current_ma:
+            self.current_ma, self.zero_at_ms = 0, self.now_ms

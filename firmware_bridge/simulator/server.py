@@ -79,7 +79,9 @@ class SimulatorConfig:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What really happened, whatever the wire was told. `energised`: the relay is closed."""
+    """What really happened, whatever the wire was told. `energised`: the relay is closed and supplied. `zero_at_ms`: when the
+    current last ended, to the millisecond, however seldom somebody looks; None: it never flowed.
+    """
 
     at_ms: int
     delivered_mwh: int
@@ -94,8 +96,9 @@ class Truth:
     failsafe_armed: bool
     failsafe_tripped: bool
     soc_permille: int
+    zero_at_ms: int | None = None
 
-    def as_dict(self) -> dict[str, int | bool]:
+    def as_dict(self) -> dict[str, int | bool | None]:
         """For JSON."""
         return asdict(self)
 
@@ -240,6 +243,7 @@ class Simulator:
             failsafe_armed=plant.failsafe_timeout_ms > 0,
             failsafe_tripped=plant.failsafe_tripped,
             soc_permille=plant.soc_permille,
+            zero_at_ms=plant.zero_at_ms,
         )
 
 

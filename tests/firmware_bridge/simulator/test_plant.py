@@ -87,6 +87,7 @@ def test_the_failsafe_cuts_on_the_millisecond_however_seldom_anybody_looks(timeo
     plant.feed(0)
     plant.advance(3_600_000)
     assert not plant.contactor_closed
+    assert plant.zero_at_ms == timeout_ms
     assert plant.fault == "failsafe_tripped"
     assert plant.delivered_mwh <= 22_080 * timeout_ms // 3600
     plant.feed(3_600_001)
