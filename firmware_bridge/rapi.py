@@ -590,7 +590,9 @@ class RapiCharger:
         if self._looked_ms is not None and now_ms - self._looked_ms < _LOOK_MS:
             return
         self._looked_ms = now_ms
-        self._missed = (await self._numbers("GY", 10, 10, 10))[2] == _ACTIVE_MISS
+        trigger = (await self._numbers("GY", 10, 10, 10))[2]
+        # Nobody feeds it while nothing is offered: a miss is a fault only while power may flow.
+        self._missed = trigger == _ACTIVE_MISS and self._held_since_ms is None
         amps, _ = await self._numbers("GE", 10, 16)
         if amps != self._amps:
             self._amps = None  # written anew by the next set_limit

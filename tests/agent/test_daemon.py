@@ -16,6 +16,7 @@ from agent.demo import market as setup
 from agent.demo.devnet import Devnet
 from agent.errors import Misconfigured, Transient
 from firmware_bridge.simulator import Simulator, SimulatorConfig
+from firmware_bridge.simulator.rapi import RapiSimulator, RapiSimulatorConfig
 
 
 def edited(path: Path, change: Callable[[str], str]) -> AgentConfig:
@@ -24,7 +25,7 @@ def edited(path: Path, change: Callable[[str], str]) -> AgentConfig:
     return load_agent(path, {})
 
 
-async def stage(tmp_path: Path, net: Devnet, simulator: Simulator) -> Path:
+async def stage(tmp_path: Path, net: Devnet, simulator: Simulator | RapiSimulator) -> Path:
     """A market and one provider's settings."""
     organisation, consumer = (setup.party(net, tmp_path, label) for label in ("organisation", "carol"))
     alice = setup.provider(net, tmp_path, "alice")
@@ -89,6 +90,24 @@ async def test_what_cannot_work_is_named_before_anything_is_energised(tmp_path: 
             async with asyncio.timeout(30):
                 await daemon.run(config, {})
         assert simulator.truth().delivered_mwh == 0
+
+
+async def test_a_charger_that_nobody_has_tried_is_not_sold_from(tmp_path: Path) -> None:
+    """Would catch a first sale from a map that is not confirmed, with nobody having tried its failsafe (BRIDGE rule 9)."""
+    link = str(tmp_path / "ttyOpenEVSE")
+    async with (
+        Devnet(accounts=setup.labels(("alice",), "carol")) as net,
+        RapiSimulator(RapiSimulatorConfig(link)) as box,
+    ):
+        config = edited(
+            await stage(tmp_path, net, box),
+            lambda text: text.replace('"simulated"', '"openevse_rapi"\nexternal_cut_off = "K1"'),
+        )
+        with pytest.raises(Misconfigured, match="no commissioning report") as refused:
+            async with asyncio.timeout(30):
+                await daemon.run(config, {})
+        assert "v2v charger commission" in refused.value.remedy
+        assert not box.truth().enabled  # it charges by itself until it is held
 
 
 async def test_a_stop_ends_every_runner_and_leaves_the_charger_held(tmp_path: Path) -> None:

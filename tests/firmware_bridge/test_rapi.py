@@ -330,6 +330,19 @@ async def test_silence_throttles_and_the_next_beat_says_so(tmp_path):
         assert box.truth().offered_ma == 16_000
 
 
+async def test_an_idle_box_that_nobody_feeds_is_no_fault(tmp_path):
+    """Would catch a port that cannot be sold from because its heartbeat ran out while nothing was offered."""
+    async with boxed(tmp_path) as (charger, box):
+        await charger.arm(1)
+        await charger.hold()
+        await eventually(lambda: box.truth().failsafe_tripped)
+        charger._looked_ms = None
+        assert (await charger.read()).fault is None
+        await charger.arm(5)
+        await charger.set_limit(current_ma=6_000)
+        await eventually(lambda: box.truth().energised)
+
+
 async def test_the_bounds_end_a_delivery_that_everybody_forgot(tmp_path):
     """Would catch bounds that are set in vain: with the driver gone, the box stops within its kilowatt-hour."""
     fast = replace(QUICK, current_ma_max=80_000, ev_current_ma_max=80_000)
