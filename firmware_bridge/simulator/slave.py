@@ -305,7 +305,7 @@ class SerialSlave:
         self._link = link
         self._open()
         self._worker = asyncio.get_running_loop().create_task(self._work())
-        return f"rtu://{Path(link)}?baud={self._timing.baud}&parity=N"
+        return f"rtu://{Path(link).absolute()}?baud={self._timing.baud}&parity=N"
 
     def _open(self) -> None:
         self._line = SerialLine(self._link)
