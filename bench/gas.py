@@ -394,10 +394,14 @@ GOALS = """## Goals
 * **Every row of Table II but endConnection is beaten, under the paper's rules and under today's.**
 * **One trade today, settled by the provider with the consumer's receipt: {receipt}, goal {goal}. {verdict}.** The
   paper's four calls sum to {paper_trade}.
-* **Deployment: {deployment}, below Table II's 2,302,980, above our wish of {wish}.** It is paid once a market. A byte of
-  code costs about 216 gas. What the difference buys: receipts and session keys (about 1,070 bytes), operators, soft
-  close, the challenge, settlement by anybody, the structured views (about 1,300 bytes, or every client would have to
-  decode storage words), and refusals with names and figures.
+* **Deployment: {deployment}, below Table II's 2,302,980, above our wish of {wish}. Not met.** It is paid once a market. A
+  byte of code costs about 216 gas; 220,000 went with 1,040 bytes: views that hand out their struct as it lies in memory,
+  rules of one width read by one loop, a session's word that keeps an auction's fields where they lay, no argument the
+  optimiser takes for a reason to copy a function. What is left above the wish is about 365 bytes, and each way to them
+  costs more than it gives: the duplicate views `auctionNonce` and `isEV` (130 bytes, one more decoder in every client),
+  `renounceOwnership` and `pendingOwner` (95, an ownership nobody audited), the bound on EV numbers (34, a bound), another
+  order of the optimiser's steps (56, a compiler nobody else tests), refusals without figures (about 300, and no client
+  could say why). Merging refusals into one function, an ECDSA of our own and fewer optimiser runs gained nothing.
 * **endConnection today cannot be {paper}, for anybody.** Since London a cleared word gives back 4,800 at most: 21,000
   (the transaction) + 2,100 (read the session) + 2,900 (clear it) - 4,800 = 21,200 is more already, before calldata,
   before anybody is paid or told. {paper} is half of 42,272: the refund cap of the old rules.

@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant("operator limit ignored", "if (w.operatorBonds() > limit) revert", "if (limit == 0) revert"),
     Mutant(
         "operator limit never comes back",
-        "operatorBond_ ? bond - (bond << 96) : bond",
-        "operatorBond_ ? bond : bond",
+        "bond - ((bond * operatorBond_) << 96)",
+        "bond - bond * operatorBond_ + bond * operatorBond_",
         WORDS,
     ),
     Mutant(

@@ -14,7 +14,7 @@ pragma solidity ^0.8.20;
 interface IV2VCharging {
     // ------------------------------------------------------------------ types
 
-    /// @notice The rules of one market, fixed at deployment.
+    /// @notice The rules of one market, fixed at deployment; every time in them is below 2**25 s (388 days).
     /// @param minBiddingSeconds shortest bidding time of an auction, at least 1 (so a token can never repeat)
     /// @param maxBiddingSeconds longest bidding time
     /// @param softCloseSeconds a bid later than this before closing moves the closing to this long after the bid ...

@@ -3,7 +3,6 @@ pragma solidity ^0.8.20;
 
 import {Ownable} from "@openzeppelin/contracts/access/Ownable.sol";
 import {Ownable2Step} from "@openzeppelin/contracts/access/Ownable2Step.sol";
-import {LowLevelCall} from "@openzeppelin/contracts/utils/LowLevelCall.sol";
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {IV2VCharging} from "./IV2VCharging.sol";
 import {AccountWord, AuctionWord, OperatorWord, RulesWord, SessionWord, Words} from "./Words.sol";
@@ -60,7 +59,9 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
             market.minBiddingSeconds == 0 || market.minBiddingSeconds > market.maxBiddingSeconds
                 || market.tokenValidityMin == 0 || market.tokenValidityMin > market.tokenValidityMax
                 || market.tokenValidityMax > Words.VALIDITY_MAX || market.softCloseMax > Words.SOFT_CLOSES_MAX
-                || market.bondBps > BPS
+                || market.bondBps > BPS || market.maxBiddingSeconds > Words.RULE_MAX
+                || market.softCloseSeconds > Words.RULE_MAX || market.connectWindowSeconds > Words.RULE_MAX
+                || market.challengeSeconds > Words.RULE_MAX || market.graceSeconds > Words.RULE_MAX
         ) revert BadParameters();
         _rules = Words.newRules(market);
     }
@@ -107,7 +108,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         account.word = _debited(account.word, amount);
         emit Withdrawn(msg.sender, to, amount);
         // The only external call, after all state is written; what it returns is not even copied.
-        if (!LowLevelCall.callNoReturn(to, amount, "")) revert TransferFailed();
+        if (!_pay(to, amount)) revert TransferFailed();
     }
 
     /// @inheritdoc IV2VCharging
@@ -131,10 +132,10 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         _requireActive();
         AuctionWord a = _auctions[msg.sender];
         if (a.isLive()) revert AuctionLive();
-        if (energyWh == 0 || energyWh > Words.ENERGY_WH_MAX) revert EnergyOutOfRange(Words.ENERGY_WH_MAX);
-        if (startRate == 0 || startRate > Words.RATE_MAX) revert RateOutOfRange(Words.RATE_MAX);
+        if (_isOutside(energyWh, 1, Words.ENERGY_WH_MAX)) revert EnergyOutOfRange(Words.ENERGY_WH_MAX);
+        if (_isOutside(startRate, 1, Words.RATE_MAX)) revert RateOutOfRange(Words.RATE_MAX);
         (uint256 min, uint256 max) = _rules.tokenValidityRange();
-        if (tokenValiditySeconds < min || tokenValiditySeconds > max) revert ValidityOutOfRange(min, max);
+        if (_isOutside(tokenValiditySeconds, min, max)) revert ValidityOutOfRange(min, max);
         uint256 nonce = a.auctionNonce();
         unchecked {
             if (++nonce > Words.NONCE_MAX) revert NonceExhausted();
@@ -166,7 +167,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         uint256 rate = a.rate();
         // With a winner nothing is left to store: time has fixed it, and the next word written is `connect`'s.
         if (rate == 0) _refund(consumer, a);
-        emit AuctionEnded(consumer, uint64(a.auctionNonce()), _evAt[a.bidder()], uint128(rate));
+        emit AuctionEnded(consumer, uint64(a.auctionNonce()), _ev(a.bidder()), uint128(rate));
     }
 
     /// @inheritdoc IV2VCharging
@@ -185,7 +186,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         AuctionWord a = _closedAuction(msg.sender);
         uint256 winner = a.bidder(); // 0: nobody bid
         AccountWord them = _accounts[provider].word;
-        if (winner == 0 || winner != them.index()) revert NotWinner(_evAt[winner]);
+        if (winner == 0 || winner != them.index()) revert NotWinner(_ev(winner));
         if (a.energyWh() != energyWh) revert WrongEnergy(uint64(a.energyWh()));
         uint256 connectBy = _connectBy(a);
         if (block.timestamp > connectBy) revert ConnectExpired(uint64(connectBy));
@@ -203,21 +204,21 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         // Cannot happen (a consumer's next auction closes at least a second later), and must not.
         if (_sessions[token].isOpen()) revert TokenExists(token);
 
-        SessionWord s = a.newSession(we.index(), settleAt);
         _auctions[msg.sender] = a.freed();
-        _sessions[token] = s;
-        (uint256 cost,) = _locked(s.rate(), energyWh);
+        _sessions[token] = a.newSession(we.index(), settleAt);
+        (uint256 cost, uint256 bond) = _locked(a.rate(), energyWh);
         (uint256 startCost,) = _locked(a.startRate(), energyWh);
         unchecked {
             _credit(msg.sender, startCost - cost); // the winner's rate is not above the start rate
         }
         emit Connected(provider, msg.sender, token, validity);
-        _emitSessionOpened(s, token, provider, validity);
+        _emitSessionOpened(a, token, provider, cost, bond, validity);
     }
 
     /// @inheritdoc IV2VCharging
     function endConnection(bytes32 token, uint64 deliveredWh, Ack calldata ack) external {
-        (SessionWord s, address consumer, address provider) = _openSession(token, deliveredWh);
+        (SessionWord s, address consumer, address provider) = _openSession(token);
+        _requireWithin(s, deliveredWh);
         if (msg.sender == consumer) {
             _concede(token, s, consumer, provider, deliveredWh);
         } else if (msg.sender == provider || msg.sender == _operators[provider].operator()) {
@@ -233,7 +234,8 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     /// @inheritdoc IV2VCharging
     function submitReceipt(bytes32 token, uint64 deliveredWh, Ack calldata ack) external {
-        (SessionWord s, address consumer, address provider) = _openSession(token, deliveredWh);
+        (SessionWord s, address consumer, address provider) = _openSession(token);
+        _requireWithin(s, deliveredWh);
         _requireProof(s, consumer, provider, deliveredWh, ack);
         if (deliveredWh <= s.claimedWh()) return;
         _sessions[token] = s.withClaim(deliveredWh);
@@ -242,7 +244,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     /// @inheritdoc IV2VCharging
     function settle(bytes32 token) external {
-        (SessionWord s, address consumer, address provider) = _openSession(token, 0);
+        (SessionWord s, address consumer, address provider) = _openSession(token);
         if (block.timestamp < s.settleAt()) revert TooEarly(uint64(s.settleAt()));
         _settle(token, s, consumer, provider);
     }
@@ -258,7 +260,8 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function isReceiptValid(bytes32 token, uint64 deliveredWh, Ack calldata ack) external view returns (bool) {
         SessionWord s = _sessions[token];
         if (!s.isOpen() || deliveredWh > s.energyWh()) return false;
-        return _isProven(s, _evAt[s.consumer()], _evAt[s.provider()], deliveredWh, ack);
+        (address consumer, address provider) = _parties(s);
+        return _isProven(s, consumer, provider, deliveredWh, ack);
     }
 
     /// @inheritdoc IV2VCharging
@@ -266,34 +269,39 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         SessionWord s = _sessions[token];
         if (s.closing()) session.status = SessionStatus.Closing;
         else if (s.isOpen()) session.status = SessionStatus.Active;
-        // All zero without a session: index 0 names nobody.
-        session.consumer = _evAt[s.consumer()];
-        session.provider = _evAt[s.provider()];
+        (session.consumer, session.provider) = _parties(s);
         session.auctionNonce = uint64(s.auctionNonce());
         session.energyWh = uint64(s.energyWh());
         session.claimedWh = uint64(s.claimedWh());
         session.rate = uint128(s.rate());
         (session.deposit, session.bond) = _locked(s.rate(), s.energyWh());
         session.settleAt = uint64(s.settleAt());
-        session.operatorBond = s.operatorBond();
+        session.operatorBond = s.operatorBond() != 0;
+        // A struct of words lies in memory as the ABI wants it; the compiler would copy it, field by field, for 200 bytes
+        // of code. The same in the next view and in `parameters`.
+        assembly ("memory-safe") {
+            return(session, 352)
+        }
     }
 
     /// @inheritdoc IV2VCharging
     function auctions(address consumer) external view returns (Auction memory auction) {
         AuctionWord a = _auctions[consumer];
         auction.auctionNonce = uint64(a.auctionNonce());
-        if (!a.isLive()) return auction;
-        auction.live = true;
+        auction.live = a.isLive();
         auction.energyWh = uint64(a.energyWh());
         auction.startRate = uint128(a.startRate());
         auction.rate = uint128(a.rate());
-        auction.provider = _evAt[a.bidder()];
+        auction.provider = _ev(a.bidder());
         auction.closingTime = uint64(a.closingTime());
-        auction.connectBy = uint64(_connectBy(a));
+        if (auction.live) auction.connectBy = uint64(_connectBy(a)); // the rest of a word that is not live is zero
         auction.tokenValiditySeconds = uint64(a.validity());
         (auction.deposit,) = _locked(a.startRate(), a.energyWh());
         (, auction.bond) = _locked(a.rate(), a.energyWh());
-        auction.operatorBond = a.operatorBond();
+        auction.operatorBond = a.operatorBond() != 0;
+        assembly ("memory-safe") {
+            return(auction, 384)
+        }
     }
 
     /// @inheritdoc IV2VCharging
@@ -327,8 +335,11 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     }
 
     /// @inheritdoc IV2VCharging
-    function parameters() external view returns (MarketParameters memory) {
-        return _rules.parameters();
+    function parameters() external view returns (MarketParameters memory market) {
+        market = _rules.parameters();
+        assembly ("memory-safe") {
+            return(market, 320)
+        }
     }
 
     /// @inheritdoc IV2VCharging
@@ -341,6 +352,18 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     }
 
     // ---------------------------------------------------------- inside: guards
+
+    /// @dev The EV that a word's index names: one copy of the look-up, which is cheaper to deploy than a dozen.
+    function _ev(uint256 index) private view returns (address) {
+        return _evAt[index];
+    }
+
+    /// @dev One comparison: below `min` the subtraction wraps to something enormous. Expects min <= max.
+    function _isOutside(uint256 value, uint256 min, uint256 max) private pure returns (bool) {
+        unchecked {
+            return value - min > max - min;
+        }
+    }
 
     function _requireActive() private view {
         if (!status) revert MarketInactive();
@@ -360,15 +383,19 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (block.timestamp < a.closingTime()) revert AuctionOpen(uint64(a.closingTime()));
     }
 
-    function _openSession(bytes32 token, uint256 deliveredWh)
-        private
-        view
-        returns (SessionWord s, address consumer, address provider)
-    {
+    function _openSession(bytes32 token) private view returns (SessionWord s, address consumer, address provider) {
         s = _sessions[token];
         if (!s.isOpen()) revert NoSession(token);
+        (consumer, provider) = _parties(s);
+    }
+
+    function _requireWithin(SessionWord s, uint256 deliveredWh) private pure {
         if (deliveredWh > s.energyWh()) revert OverAmount(uint64(s.energyWh()));
-        (consumer, provider) = (_evAt[s.consumer()], _evAt[s.provider()]);
+    }
+
+    /// @dev Zero without a session: index 0 names nobody.
+    function _parties(SessionWord s) private view returns (address consumer, address provider) {
+        return (_ev(s.consumer()), _ev(s.provider()));
     }
 
     function _isCancellable(address consumer, AuctionWord a) private view returns (bool) {
@@ -376,7 +403,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (bidless && msg.sender == consumer) return true;
         if (block.timestamp < a.closingTime()) return false;
         if (block.timestamp > _connectBy(a)) return true;
-        return !status || !isEV(consumer) || (!bidless && !isEV(_evAt[a.bidder()]));
+        return !status || !isEV(consumer) || (!bidless && !isEV(_ev(a.bidder())));
     }
 
     // ---------------------------------------------------------- inside: ledger
@@ -424,11 +451,18 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (AccountWord.unwrap(w) != AccountWord.unwrap(before)) account.word = w;
     }
 
+    /// @dev The only external call. Nothing is sent along but the money, and what comes back is not even copied.
+    function _pay(address to, uint256 amount) private returns (bool paid) {
+        assembly ("memory-safe") {
+            paid := call(gas(), to, amount, 0, 0, 0, 0)
+        }
+    }
+
     // --------------------------------------------------------- inside: auction
 
     function _closingTime(uint256 biddingSeconds) private view returns (uint256 closing) {
         (uint256 min, uint256 max) = _rules.biddingRange();
-        if (biddingSeconds < min || biddingSeconds > max) revert BiddingOutOfRange(min, max);
+        if (_isOutside(biddingSeconds, min, max)) revert BiddingOutOfRange(min, max);
         unchecked {
             closing = block.timestamp + biddingSeconds;
             // Every soft close included, the time must fit its 32 bits: from the year 2106 on no auction starts any more.
@@ -472,7 +506,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function _releaseBond(AuctionWord a) private {
         if (a.rate() == 0) return;
         (, uint256 bond) = _locked(a.rate(), a.energyWh());
-        _credit(_evAt[a.bidder()], Words.released(bond, a.operatorBond()));
+        _credit(_ev(a.bidder()), Words.released(bond, a.operatorBond()));
     }
 
     /// @dev Free the auction; everything locked in it goes back to where it came from.
@@ -485,16 +519,23 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     // --------------------------------------------------------- inside: session
 
-    function _emitSessionOpened(SessionWord s, bytes32 token, address provider, uint256 validity) private {
-        (uint256 cost, uint256 bond) = _locked(s.rate(), s.energyWh());
+    function _emitSessionOpened(
+        AuctionWord a,
+        bytes32 token,
+        address provider,
+        uint256 cost,
+        uint256 bond,
+        uint256 validity
+    ) private {
+        uint64 nonce = uint64(a.auctionNonce());
         emit SessionOpened({
-            sessionId: sessionIdOf(msg.sender, provider, uint64(s.auctionNonce())),
+            sessionId: sessionIdOf(msg.sender, provider, nonce),
             token: token,
             consumer: msg.sender,
             provider: provider,
-            auctionNonce: uint64(s.auctionNonce()),
-            energyWh: uint64(s.energyWh()),
-            rate: uint128(s.rate()),
+            auctionNonce: nonce,
+            energyWh: uint64(a.energyWh()),
+            rate: uint128(a.rate()),
             deposit: cost,
             bond: bond,
             issuedAt: uint64(block.timestamp),

@@ -10,9 +10,7 @@ type AccountWord is uint256;
 /// @dev An account's operator; from the low bits up: operator 160 | bondLimit 96.
 type OperatorWord is uint256;
 
-/// @dev A market's parameters in one word; from the low bits up: minBiddingSeconds 32 | maxBiddingSeconds 32 |
-/// softCloseSeconds 32 | connectWindowSeconds 32 | challengeSeconds 32 | graceSeconds 32 | tokenValidityMin 18 |
-/// tokenValidityMax 18 | softCloseMax 3 | bondBps 14.
+/// @dev A market's parameters in one word: ten fields of 25 bits in the order of `MarketParameters`, from the low bits up.
 type RulesWord is uint256;
 
 /// @dev One live auction in one storage word; from the low bits up:
@@ -22,8 +20,9 @@ type RulesWord is uint256;
 type AuctionWord is uint256;
 
 /// @dev One open session in one storage word; from the low bits up:
-/// rate 64 | consumer 24 | provider 24 | auctionNonce 24 | operator 1 | closing 1 | unused 30 | settleAt 40 |
-/// claimedWh 24 | energyWh 24. Not zero: open. sessionId, deposit and bond follow from the rest.
+/// settleAt 40 | consumer 24 | auctionNonce 24 | unused 21 | operator 1 | provider 24 | claimedWh 24 | closing 1 |
+/// unused 7 | rate 64 | unused 2 | energyWh 24. Not zero: open. What it keeps of its auction lies where it lay there.
+/// sessionId, deposit and bond follow from the rest.
 type SessionWord is uint256;
 
 using Words for AccountWord global;
@@ -43,11 +42,15 @@ library Words {
     uint256 internal constant INDEX_MAX = type(uint24).max;
     uint256 internal constant VALIDITY_MAX = (1 << 18) - 1;
     uint256 internal constant SOFT_CLOSES_MAX = 7;
+    uint256 internal constant RULE_MAX = (1 << 25) - 1;
 
     uint256 private constant BID_MASK = ((1 << 124) - 1) << 106; // in an auction's word: what a bid replaces
-    uint256 private constant CLOSING = 1 << 137; // in a session's word, as the next two
-    uint256 private constant SETTLE_AT_MASK = uint256(type(uint40).max) << 168;
-    uint256 private constant CLAIM_MASK = uint256(type(uint24).max) << 208;
+    // in a session's word: what it keeps of the auction (rate, bidder, operator, nonce, energy), and its own fields
+    uint256 private constant KEPT_MASK =
+        (NONCE_MAX << 64) | (((1 << 25) - 1) << 109) | (RATE_MAX << 166) | (ENERGY_WH_MAX << 232);
+    uint256 private constant SETTLE_AT_MASK = type(uint40).max;
+    uint256 private constant CLAIM_MASK = ENERGY_WH_MAX << 134;
+    uint256 private constant CLOSING = 1 << 158;
 
     // ---------------------------------------------------------------- account
     // Sums in place, unchecked: the contract never holds more than 2**96 - 1 wei, so neither field can reach the next
@@ -81,9 +84,9 @@ library Words {
     }
 
     /// @dev A bond on its way back, as an amount to credit: it also leaves `operatorBonds` if it counted there.
-    function released(uint256 bond, bool operatorBond_) internal pure returns (uint256) {
+    function released(uint256 bond, uint256 operatorBond_) internal pure returns (uint256) {
         unchecked {
-            return operatorBond_ ? bond - (bond << 96) : bond;
+            return bond - ((bond * operatorBond_) << 96);
         }
     }
 
@@ -127,60 +130,62 @@ library Words {
 
     // ------------------------------------------------------------------ rules
 
+    /// @dev The constructor enforces that every parameter is at most `RULE_MAX`.
     function newRules(IV2VCharging.MarketParameters memory p) internal pure returns (RulesWord) {
-        uint256 low = uint256(p.minBiddingSeconds) | (uint256(p.maxBiddingSeconds) << 32)
-            | (uint256(p.softCloseSeconds) << 64) | (uint256(p.connectWindowSeconds) << 96)
-            | (uint256(p.challengeSeconds) << 128) | (uint256(p.graceSeconds) << 160);
-        uint256 high = uint256(p.tokenValidityMin) | (uint256(p.tokenValidityMax) << 18)
-            | (uint256(p.softCloseMax) << 36) | (uint256(p.bondBps) << 39);
-        return RulesWord.wrap(low | (high << 192));
+        uint256 low = uint256(p.minBiddingSeconds) | (uint256(p.maxBiddingSeconds) << 25)
+            | (uint256(p.softCloseSeconds) << 50) | (uint256(p.softCloseMax) << 75)
+            | (uint256(p.connectWindowSeconds) << 100);
+        uint256 high = uint256(p.tokenValidityMin) | (uint256(p.tokenValidityMax) << 25)
+            | (uint256(p.challengeSeconds) << 50) | (uint256(p.graceSeconds) << 75) | (uint256(p.bondBps) << 100);
+        return RulesWord.wrap(low | (high << 125));
     }
 
     function biddingRange(RulesWord r) internal pure returns (uint256 min, uint256 max) {
-        return (uint32(RulesWord.unwrap(r)), uint32(RulesWord.unwrap(r) >> 32));
+        return (_rule(r, 0), _rule(r, 1));
     }
 
     function softCloseSeconds(RulesWord r) internal pure returns (uint256) {
-        return uint32(RulesWord.unwrap(r) >> 64);
-    }
-
-    function connectWindowSeconds(RulesWord r) internal pure returns (uint256) {
-        return uint32(RulesWord.unwrap(r) >> 96);
-    }
-
-    function challengeSeconds(RulesWord r) internal pure returns (uint256) {
-        return uint32(RulesWord.unwrap(r) >> 128);
-    }
-
-    function graceSeconds(RulesWord r) internal pure returns (uint256) {
-        return uint32(RulesWord.unwrap(r) >> 160);
-    }
-
-    function tokenValidityRange(RulesWord r) internal pure returns (uint256 min, uint256 max) {
-        return ((RulesWord.unwrap(r) >> 192) & VALIDITY_MAX, (RulesWord.unwrap(r) >> 210) & VALIDITY_MAX);
+        return _rule(r, 2);
     }
 
     function softCloseMax(RulesWord r) internal pure returns (uint256) {
-        return (RulesWord.unwrap(r) >> 228) & SOFT_CLOSES_MAX;
+        return _rule(r, 3);
+    }
+
+    function connectWindowSeconds(RulesWord r) internal pure returns (uint256) {
+        return _rule(r, 4);
+    }
+
+    function tokenValidityRange(RulesWord r) internal pure returns (uint256 min, uint256 max) {
+        return (_rule(r, 5), _rule(r, 6));
+    }
+
+    function challengeSeconds(RulesWord r) internal pure returns (uint256) {
+        return _rule(r, 7);
+    }
+
+    function graceSeconds(RulesWord r) internal pure returns (uint256) {
+        return _rule(r, 8);
     }
 
     function bondBps(RulesWord r) internal pure returns (uint256) {
-        return RulesWord.unwrap(r) >> 231;
+        return _rule(r, 9);
     }
 
+    /// @dev Written field by field in a loop: ten lines of Solidity would be 300 bytes of code.
     function parameters(RulesWord r) internal pure returns (IV2VCharging.MarketParameters memory p) {
-        (uint256 biddingMin, uint256 biddingMax) = biddingRange(r);
-        (uint256 validityMin, uint256 validityMax) = tokenValidityRange(r);
-        p.minBiddingSeconds = uint32(biddingMin);
-        p.maxBiddingSeconds = uint32(biddingMax);
-        p.softCloseSeconds = uint32(softCloseSeconds(r));
-        p.softCloseMax = uint32(softCloseMax(r));
-        p.connectWindowSeconds = uint32(connectWindowSeconds(r));
-        p.tokenValidityMin = uint32(validityMin);
-        p.tokenValidityMax = uint32(validityMax);
-        p.challengeSeconds = uint32(challengeSeconds(r));
-        p.graceSeconds = uint32(graceSeconds(r));
-        p.bondBps = uint32(bondBps(r));
+        for (uint256 i = 0; i < 10; ++i) {
+            uint256 field = _rule(r, i);
+            assembly ("memory-safe") {
+                mstore(add(p, shl(5, i)), field)
+            }
+        }
+    }
+
+    function _rule(RulesWord r, uint256 i) private pure returns (uint256) {
+        unchecked {
+            return (RulesWord.unwrap(r) >> (25 * i)) & RULE_MAX;
+        }
     }
 
     // ---------------------------------------------------------------- auction
@@ -241,8 +246,9 @@ library Words {
         return (AuctionWord.unwrap(a) >> 106) & SOFT_CLOSES_MAX;
     }
 
-    function operatorBond(AuctionWord a) internal pure returns (bool) {
-        return (AuctionWord.unwrap(a) >> 109) & 1 != 0;
+    /// @dev 1 if the bond counts against the bidder's operator limit, else 0.
+    function operatorBond(AuctionWord a) internal pure returns (uint256) {
+        return (AuctionWord.unwrap(a) >> 109) & 1;
     }
 
     /// @dev The auction with another leading bid.
@@ -271,53 +277,55 @@ library Words {
 
     /// @dev The session that `a` becomes.
     function newSession(AuctionWord a, uint256 consumer_, uint256 settleAt_) internal pure returns (SessionWord) {
-        return SessionWord.wrap(
-            a.rate() | (consumer_ << 64) | (a.bidder() << 88) | (a.auctionNonce() << 112)
-                | (a.operatorBond() ? 1 << 136 : 0) | (settleAt_ << 168) | (a.energyWh() << 232)
-        );
+        return SessionWord.wrap((AuctionWord.unwrap(a) & KEPT_MASK) | (consumer_ << 40) | settleAt_);
+    }
+
+    /// @dev What the two kinds of word share, for whoever reads either.
+    function asAuction(SessionWord s) internal pure returns (AuctionWord) {
+        return AuctionWord.wrap(SessionWord.unwrap(s));
     }
 
     function rate(SessionWord s) internal pure returns (uint256) {
-        return uint64(SessionWord.unwrap(s));
-    }
-
-    function settleAt(SessionWord s) internal pure returns (uint256) {
-        return uint40(SessionWord.unwrap(s) >> 168);
-    }
-
-    function consumer(SessionWord s) internal pure returns (uint256) {
-        return uint24(SessionWord.unwrap(s) >> 64);
+        return rate(asAuction(s));
     }
 
     function provider(SessionWord s) internal pure returns (uint256) {
-        return uint24(SessionWord.unwrap(s) >> 88);
+        return bidder(asAuction(s));
     }
 
     function auctionNonce(SessionWord s) internal pure returns (uint256) {
-        return uint24(SessionWord.unwrap(s) >> 112);
+        return auctionNonce(asAuction(s));
     }
 
     function energyWh(SessionWord s) internal pure returns (uint256) {
-        return SessionWord.unwrap(s) >> 232;
+        return energyWh(asAuction(s));
+    }
+
+    function operatorBond(SessionWord s) internal pure returns (uint256) {
+        return operatorBond(asAuction(s));
+    }
+
+    function settleAt(SessionWord s) internal pure returns (uint256) {
+        return uint40(SessionWord.unwrap(s));
+    }
+
+    function consumer(SessionWord s) internal pure returns (uint256) {
+        return uint24(SessionWord.unwrap(s) >> 40);
     }
 
     function claimedWh(SessionWord s) internal pure returns (uint256) {
-        return uint24(SessionWord.unwrap(s) >> 208);
+        return uint24(SessionWord.unwrap(s) >> 134);
     }
 
     function closing(SessionWord s) internal pure returns (bool) {
         return SessionWord.unwrap(s) & CLOSING != 0;
     }
 
-    function operatorBond(SessionWord s) internal pure returns (bool) {
-        return (SessionWord.unwrap(s) >> 136) & 1 != 0;
-    }
-
     function withClaim(SessionWord s, uint256 claimedWh_) internal pure returns (SessionWord) {
-        return SessionWord.wrap((SessionWord.unwrap(s) & ~CLAIM_MASK) | (claimedWh_ << 208));
+        return SessionWord.wrap((SessionWord.unwrap(s) & ~CLAIM_MASK) | (claimedWh_ << 134));
     }
 
     function withClosing(SessionWord s, uint256 settleAt_) internal pure returns (SessionWord) {
-        return SessionWord.wrap((SessionWord.unwrap(s) & ~SETTLE_AT_MASK) | (settleAt_ << 168) | CLOSING);
+        return SessionWord.wrap((SessionWord.unwrap(s) & ~SETTLE_AT_MASK) | settleAt_ | CLOSING);
     }
 }

@@ -9,6 +9,13 @@ import {MarketTest} from "./MarketTest.sol";
 /// @dev What halmos proves for *all* values, not for some: `./run test contracts --long`, docs/security.md. forge
 /// ignores functions that begin with `check_`.
 contract ProofsTest is MarketTest {
+    /// @dev Plain addresses. Of a signer's address a prover knows nothing: it could be the market's own.
+    function setUp() public override {
+        (consumer, provider, rival) = (address(0xC0001), address(0xE0001), address(0xE0002));
+        (stranger, operator) = (address(0xE0003), address(0xE0004));
+        super.setUp();
+    }
+
     // ------------------------------------------------------- words keep fields
 
     /// @dev An account's fields never touch each other while the bounds hold that the contract enforces: what is in the
@@ -27,7 +34,7 @@ contract ProofsTest is MarketTest {
         if (uint256(balance) + amount <= type(uint96).max) {
             _same(w.credited(amount), uint256(balance) + amount, bonds, index, addedAt);
             if (bond <= bonds && bond <= amount) {
-                AccountWord back = w.credited(amount - bond).credited(Words.released(bond, true));
+                AccountWord back = w.credited(amount - bond).credited(Words.released(bond, 1));
                 _same(back, uint256(balance) + amount, bonds - bond, index, addedAt);
             }
         }
@@ -58,7 +65,7 @@ contract ProofsTest is MarketTest {
         AuctionWord a = Words.newAuction(startRate, closing, nonce, energyWh, valid);
         assert(a.startRate() == startRate && a.rate() == 0 && a.bidder() == 0 && a.softCloses() == 0);
         assert(a.closingTime() == closing && a.auctionNonce() == nonce && a.energyWh() == energyWh);
-        assert(a.validity() == valid && !a.operatorBond() && a.isLive() == (energyWh != 0));
+        assert(a.validity() == valid && a.operatorBond() == 0 && a.isLive() == (energyWh != 0));
         uint256 softCloses = bidder & 7;
         bool byOperator = rate & 1 == 1;
         // A bid writes over another bid, and leaves the rest.
@@ -66,7 +73,7 @@ contract ProofsTest is MarketTest {
             .withBid(rate, bidder, closing, softCloses, byOperator);
         assert(b.startRate() == startRate && b.auctionNonce() == nonce && b.energyWh() == energyWh);
         assert(b.validity() == valid && b.rate() == rate && b.bidder() == bidder && b.closingTime() == closing);
-        assert(b.softCloses() == softCloses && b.operatorBond() == byOperator);
+        assert(b.softCloses() == softCloses && (b.operatorBond() == 1) == byOperator);
         assert(AuctionWord.unwrap(b.freed()) == uint256(nonce) << 64);
     }
 
@@ -133,40 +140,82 @@ contract ProofsTest is MarketTest {
         assert((uint256(rate) * energyWh + 999) / 1000 < 1 << 79);
     }
 
-    /// @dev One whole round for all pairs of rates: what came in is what both ledgers say, to the wei, whether all or
-    /// nothing was delivered; no sum overflows on the way. At the smallest, an uneven and the largest amount of energy: a
-    /// product of two unknowns is beyond the solver, a product with a known amount is not.
-    function check_MoneyIsConservedAtOneWh(uint64 startRate, uint64 rate, bool delivered) public {
-        _round(1, startRate, rate, delivered ? 1 : 0);
+    /// @dev An auction that is cancelled gives back all that it locked.
+    function check_RefundIsTheDeposit(uint64 startRate, uint24 energyWh) public {
+        vm.assume(startRate != 0 && energyWh != 0);
+        _fund();
+        _done(consumer, abi.encodeCall(market.startAuction, (energyWh, BIDDING, startRate, VALIDITY, 0)));
+        assert(market.balances(consumer) + market.auctions(consumer).deposit == FUNDS);
+        _done(consumer, abi.encodeCall(market.cancelAuction, (consumer)));
+        assert(market.balances(consumer) == FUNDS);
     }
 
-    function check_MoneyIsConservedAt999Wh(uint64 startRate, uint64 rate, bool delivered) public {
-        _round(999, startRate, rate, delivered ? 999 : 0);
+    /// @dev Who is outbid has what it had.
+    function check_OutbidBondComesBack(uint64 rate, uint64 lower, uint24 energyWh) public {
+        vm.assume(energyWh != 0 && rate != 0 && lower != 0);
+        _fund();
+        _done(consumer, abi.encodeCall(market.startAuction, (energyWh, BIDDING, type(uint64).max, VALIDITY, 0)));
+        _done(provider, abi.encodeCall(market.placeBid, (consumer, 1, rate)));
+        assert(market.balances(provider) + market.auctions(consumer).bond == FUNDS);
+        vm.prank(rival);
+        try market.placeBid(consumer, 1, lower) {
+            assert(market.balances(provider) == FUNDS);
+            assert(market.balances(rival) + market.auctions(consumer).bond == FUNDS);
+        } catch {
+            assert(lower > market.auctions(consumer).rate - 1 || rate - lower < rate / 100);
+        }
     }
 
-    function check_MoneyIsConservedAtTheMost(uint64 startRate, uint64 rate, bool delivered) public {
-        _round(type(uint24).max, startRate, rate, delivered ? type(uint24).max : 0);
+    /// @dev Settling moves deposit and bond into the two ledgers and nowhere else, whatever the session is about and
+    /// whatever the ledgers hold. Modulo a field's 96 bits: that the fee is not above the cost is school arithmetic
+    /// (claimed <= energy; products and floors keep order) which no solver finishes; the fuzzers try it.
+    function check_SettlingPaysDepositAndBond(
+        uint64 rate,
+        uint24 energyWh,
+        uint24 claimedWh,
+        uint96 consumerHas,
+        uint96 providerHas
+    ) public {
+        vm.assume(energyWh != 0 && claimedWh <= energyWh);
+        bytes32 token = keccak256("a token");
+        _put(keccak256(abi.encode(token, 7)), _session(rate, energyWh, claimedWh));
+        _put(keccak256(abi.encode(1, 5)), uint160(consumer));
+        _put(keccak256(abi.encode(2, 5)), uint160(provider));
+        _put(keccak256(abi.encode(consumer, 2)), consumerHas);
+        _put(keccak256(abi.encode(provider, 2)), providerHas);
+        IV2VCharging.Session memory s = market.sessions(token);
+        _done(provider, abi.encodeCall(market.endConnection, (token, 0, noAck())));
+        uint256 afterwards = market.balances(consumer) + market.balances(provider);
+        assert(uint96(afterwards) == uint96(s.deposit + s.bond + consumerHas + providerHas));
+        assert(market.sessions(token).status == IV2VCharging.SessionStatus.None);
     }
 
-    function _round(uint24 energyWh, uint64 startRate, uint64 rate, uint24 delivered) private {
-        vm.assume(rate != 0 && rate <= startRate);
-        vm.deal(consumer, type(uint96).max);
-        vm.deal(provider, type(uint96).max);
-        uint256 locked = (uint256(startRate) * energyWh + 999) / 1000;
-        uint256 bond = (uint256(rate) * energyWh + 999) / 1000;
-        vm.prank(consumer);
-        market.startAuction{value: locked}(energyWh, BIDDING, startRate, VALIDITY, 0);
-        vm.prank(provider);
-        market.placeBid{value: bond}(consumer, 1, rate);
-        vm.warp(1_790_000_000 + BIDDING);
-        vm.prank(consumer);
-        bytes32 token = market.connect(provider, energyWh);
-        vm.prank(delivered == 0 ? provider : consumer);
-        market.endConnection(token, delivered, noAck());
-        uint256 fee = uint256(rate) * delivered / 1000;
-        assert(market.balances(provider) == bond + fee);
-        assert(market.balances(consumer) == locked - fee);
-        assert(address(market).balance == locked + bond);
+    uint256 private constant FUNDS = 1 << 94;
+
+    function _fund() private {
+        for (uint256 i = 0; i < 3; ++i) {
+            address car = [consumer, provider, rival][i];
+            vm.deal(car, FUNDS);
+            vm.prank(car);
+            market.deposit{value: FUNDS}();
+        }
+    }
+
+    function _put(bytes32 slot, uint256 word) private {
+        vm.store(address(market), slot, bytes32(word));
+    }
+
+    /// @dev As `connect` writes it, of the EVs 1 and 2.
+    function _session(uint256 rate, uint256 energyWh, uint256 claimedWh) private pure returns (uint256) {
+        AuctionWord a = Words.newAuction(rate, 2e9, 1, energyWh, VALIDITY).withBid(rate, 2, 2e9, 0, false);
+        return SessionWord.unwrap(a.newSession(1, 2e9).withClaim(claimedWh));
+    }
+
+    /// @dev A refusal is a failed proof, not a path that ends early.
+    function _done(address by, bytes memory data) private {
+        vm.prank(by);
+        (bool done,) = address(market).call(data);
+        assert(done);
     }
 }
 

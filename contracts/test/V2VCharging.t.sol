@@ -170,7 +170,7 @@ contract V2VChargingTest is MarketTest {
 
     function test_ParametersComeBackAsTheyWereGiven() public {
         IV2VCharging.MarketParameters memory p = IV2VCharging.MarketParameters(
-            type(uint32).max - 1, type(uint32).max, 3, 7, 5, 1, (1 << 18) - 1, 6, 8, 10_000
+            (1 << 25) - 2, (1 << 25) - 1, 3, 7, (1 << 25) - 1, 1, (1 << 18) - 1, 6, (1 << 25) - 1, 10_000
         );
         bytes32 given = keccak256(abi.encode(p));
         assertTrue(keccak256(abi.encode(new V2VCharging(p).parameters())) == given, "every field, at its edges");
@@ -275,7 +275,7 @@ contract V2VChargingTest is MarketTest {
     // --------------------------------------------------------------- refusals
 
     function test_RevertWhen_BadParameters() public {
-        for (uint256 i = 0; i < 7; ++i) {
+        for (uint256 i = 0; i < 12; ++i) {
             IV2VCharging.MarketParameters memory p = parameters();
             if (i == 0) p.minBiddingSeconds = 0;
             if (i == 1) p.minBiddingSeconds = p.maxBiddingSeconds + 1;
@@ -284,6 +284,11 @@ contract V2VChargingTest is MarketTest {
             if (i == 4) p.tokenValidityMax = 1 << 18;
             if (i == 5) p.softCloseMax = 8;
             if (i == 6) p.bondBps = 10_001;
+            if (i == 7) p.maxBiddingSeconds = 1 << 25;
+            if (i == 8) p.softCloseSeconds = 1 << 25;
+            if (i == 9) p.connectWindowSeconds = 1 << 25;
+            if (i == 10) p.challengeSeconds = 1 << 25;
+            if (i == 11) p.graceSeconds = 1 << 25;
             vm.expectRevert(IV2VCharging.BadParameters.selector);
             new V2VCharging(p);
         }
