@@ -180,6 +180,15 @@ class MqttConfig(Section):
     password_credential: Source | None = Field(
         None, description="Credential or 0600 file that holds the password"
     )
+    authority: FilePath | None = Field(
+        None, description="PEM file of who vouches for the broker; without it this computer's own list"
+    )
+    certificate: FilePath | None = Field(
+        None, description="PEM file of our own certificate: its common name is who we are to the broker"
+    )
+    certificate_key: Source | None = Field(
+        None, description="Credential or 0600 file with the certificate's private key (PEM)"
+    )
     keepalive_s: int = Field(
         15, ge=2, le=20, description="A silent connection counts as down after 1.5 times this"
     )
@@ -188,6 +197,14 @@ class MqttConfig(Section):
     def _password_has_a_name(self) -> MqttConfig:
         if self.password_credential and not self.username:
             raise ValueError("password_credential needs a username")
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_are_whole(self) -> MqttConfig:
+        if (self.certificate is None) is not (self.certificate_key is None):
+            raise ValueError("certificate and certificate_key need each other")
+        if not self.tls and (self.authority or self.certificate):
+            raise ValueError("authority and certificate need a mqtts:// url")
         return self
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -45,6 +44,7 @@ from agent.keys import (
     load_password,
     load_signer,
     require_different_keys,
+    tls_context,
 )
 from agent.runners.chain_send import ChainSend
 from agent.runners.chain_watch import ChainWatch, WatchSettings
@@ -357,7 +357,9 @@ def _broker(config: AgentConfig, environ: Mapping[str, str]) -> BrokerAddress:
     password = None
     if mqtt.password_credential is not None:
         password = load_password(mqtt.password_credential, environ=environ)
-    tls = ssl.create_default_context() if mqtt.tls else None
+    tls = None
+    if mqtt.tls:
+        tls = tls_context(mqtt.authority, mqtt.certificate, mqtt.certificate_key, environ=environ)
     return BrokerAddress(mqtt.host, mqtt.port, mqtt.username, password, mqtt.keepalive_s, tls)
 
 

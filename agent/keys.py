@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import ssl
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,43 @@ def load_meter_signer(
 def load_password(source: str, *, environ: Mapping[str, str] = os.environ) -> str:
     """The one line in the credential or 0600 file that `source` names (a broker's password)."""
     return _load_password(source, environ).reveal().decode()
+
+
+def tls_context(
+    authority: Path | None,
+    certificate: Path | None = None,
+    key_source: str | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> ssl.SSLContext:
+    """TLS towards a broker: whom we believe (`authority`, PEM; None: this computer's list), and who we are.
+
+    `key_source` names the private key of `certificate` (PEM, unencrypted) as a key of ours is named. Raises
+    `Misconfigured` for files that are missing, open to others, no PEM, or not a pair.
+    """
+    try:
+        context = ssl.create_default_context(cafile=authority)
+    except OSError as error:  # SSLError is one
+        raise Misconfigured(
+            f"{authority}: no certificate of an authority can be read ({error.strerror or error})",
+            remedy="correct [mqtt] authority",
+        ) from error
+    if certificate is not None:
+        assert key_source is not None, "config.py demands both"
+        _read_secret(key_source, environ)  # for what it refuses: another owner's eyes, a device, a log
+        try:
+            context.load_cert_chain(certificate, _secret_path(key_source, environ), password=_no_password)
+        except OSError as error:
+            raise Misconfigured(
+                f"{certificate} and {key_source} are no certificate with its key ({error.strerror or error})",
+                remedy="correct [mqtt] certificate and certificate_key: both PEM, the key without a password",
+            ) from error
+    return context
+
+
+def _no_password() -> str:
+    """An encrypted key fails, instead of asking a terminal that a service does not have."""
+    return ""
 
 
 def require_different_keys(operator: Signer, meter: MeterSigner) -> None:
@@ -275,7 +313,7 @@ def _load_password(source: str, environ: Mapping[str, str]) -> _Hidden:
 
 def _read_secret(source: str, environ: Mapping[str, str]) -> _Hidden:
     """What the credential or the file holds. A file must be its owner's alone; systemd guards its own."""
-    path = Path(source) if "/" in source else _credential(source, environ)
+    path = _secret_path(source, environ)
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -298,6 +336,10 @@ def _read_secret(source: str, environ: Mapping[str, str]) -> _Hidden:
             f"{source} is larger than {MAX_FILE_BYTES} bytes", remedy="check that it is the right file"
         )
     return content
+
+
+def _secret_path(source: str, environ: Mapping[str, str]) -> Path:
+    return Path(source) if "/" in source else _credential(source, environ)
 
 
 def _credential(name: str, environ: Mapping[str, str]) -> Path:

@@ -332,7 +332,8 @@ class Stage:
 
     def __init__(self, folder, *, anvil=True, broker=True, broker_port=None):
         """`broker_port`: where a broker is, or will be; without it the embedded one is started."""
-        self.broker_login = {}  # the consumer's username and password; its return address is its user name
+        self.broker_login = {}  # how the consumer proves to the broker who it is
+        self.consumer_sref = "ca401" * 6 + "ab"  # its return address; a broker with names demands its name
         self.folder = folder
         folder.chmod(0o700)
         self.http_port = free_port()
@@ -493,7 +494,7 @@ class Stage:
             market=ConsumersMarket(self.node, sender, self.domain, journal),
             limits=SigningLimits(power_w_max=25_000),
             now_ms=lambda: time.monotonic_ns() // 1_000_000,
-            sref=self.broker_login.get("username", "ca401" * 6 + "ab"),
+            sref=self.consumer_sref,
             tell=tell,
             waits=Waits(chain_poll_s=0.5, resend_s=1, hello_ask_s=0.5),
         )

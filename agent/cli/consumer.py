@@ -371,7 +371,7 @@ def _sref(settings: ConsumerConfig, journal: ConsumerJournal) -> str:
 def _carrier(settings: ConsumerConfig, wishes: Wishes, sref: str) -> Carrier:
     from agent.consumer.carrier_http import HttpCarrier
     from agent.consumer.carrier_mqtt import Broker, MqttCarrier
-    from agent.keys import load_password
+    from agent.keys import load_password, tls_context
 
     url = wishes.provider_http or (settings.http.url if settings.http and settings.mqtt is None else "")
     if url:
@@ -379,7 +379,8 @@ def _carrier(settings: ConsumerConfig, wishes: Wishes, sref: str) -> Carrier:
     mqtt = settings.mqtt
     assert mqtt is not None, "the settings have one of the two"
     password = load_password(mqtt.password_credential) if mqtt.password_credential else None
-    broker = Broker(mqtt.host, mqtt.port, mqtt.tls, mqtt.username, password, mqtt.keepalive_s)
+    tls = tls_context(mqtt.authority, mqtt.certificate, mqtt.certificate_key) if mqtt.tls else None
+    broker = Broker(mqtt.host, mqtt.port, tls, mqtt.username, password, mqtt.keepalive_s)
     return MqttCarrier(broker, sref)
 
 

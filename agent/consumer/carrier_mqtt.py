@@ -36,7 +36,7 @@ class Broker:
 
     host: str
     port: int
-    tls: bool = False
+    tls: ssl.SSLContext | None = None
     username: str | None = None
     password: str | None = None
     keepalive_s: int = 15
@@ -138,7 +138,7 @@ class MqttCarrier:
             clean_session=True,
             timeout=CONNECT_TIMEOUT_S,
             max_queued_incoming_messages=INBOX_MAX,
-            tls_context=ssl.create_default_context() if broker.tls else None,
+            tls_context=broker.tls,
         )
 
     async def _listen(self, client: aiomqtt.Client) -> None:

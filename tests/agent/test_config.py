@@ -25,7 +25,7 @@ def uncommented(path, folder):
     """The example with every `# setting = value` switched on, as a file in `folder`."""
     text = re.sub(r"^# ?(\[|[a-z_]+ = )", r"\1", path.read_text(), flags=re.MULTILINE)
     copy = folder / path.name
-    copy.write_text(text)
+    copy.write_text(text.replace('"mqtt://', '"mqtts://'))  # certificates are for TLS
     return copy
 
 

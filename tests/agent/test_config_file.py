@@ -259,6 +259,20 @@ ONE_MISTAKE = {
         None,
         "password_credential needs a username",
     ),
+    "a certificate without its key": Case(
+        "[journal]",
+        '[mqtt]\nurl = "mqtts://broker"\ncertificate = "./car.crt"\n[journal]',
+        "agent.toml:14  mqtt",
+        None,
+        "certificate and certificate_key need each other",
+    ),
+    "a certificate that nobody would see": Case(
+        "[journal]",
+        '[mqtt]\nurl = "mqtt://broker"\nauthority = "./ca.crt"\n[journal]',
+        "agent.toml:14  mqtt",
+        None,
+        "authority and certificate need a mqtts:// url",
+    ),
     "a key where its name belongs": Case(
         "[journal]",
         f'[keys]\noperator = "0x{KEY}"\n[journal]',

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import pickle
+import ssl
 import subprocess
 import sys
 import traceback
 
 import coincurve
 import pytest
+from authority import Authority
 from eth_account import Account
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +29,7 @@ from agent.keys import (
     load_signer,
     new_key,
     require_different_keys,
+    tls_context,
 )
 
 # A key that everybody knows (anvil's first account), so that addresses can be checked against other tools.
@@ -298,3 +301,58 @@ def test_ephemeral_keys_are_plain_hashes_of_their_seed():
     assert ephemeral_signer(b"seed").public_key == coincurve.PrivateKey(scalar).public_key.format(
         compressed=False
     )
+
+
+# ---- certificates
+
+
+def test_whoever_shows_a_certificate_is_believed_and_nobody_else(tmp_path):
+    """Would catch a connection without our certificate, to a broker that nobody vouches for, or to another host's."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    certificate, key = ours.issue("car")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(*ours.issue("broker", host="127.0.0.1"))
+    server.load_verify_locations(ours.file)
+    server.verify_mode = ssl.CERT_REQUIRED
+    car = tls_context(ours.file, certificate, str(key))
+    assert handshaken(car, server) == "car"
+    assert "DID_NOT_RETURN_A_CERTIFICATE" in handshaken(tls_context(ours.file), server)
+    assert "CERTIFICATE_VERIFY_FAILED" in handshaken(tls_context(theirs.file, certificate, str(key)), server)
+    assert "CERTIFICATE_VERIFY_FAILED" in handshaken(car, server, host="127.0.0.2")
+
+
+def handshaken(client, server, host="127.0.0.1"):
+    """Whom the server sees; or why there is no connection."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = client.wrap_bio(to_client, to_server, server_hostname=host)
+    its = server.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for side in (ours, its):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError as error:
+                return error.reason
+    return dict(part[0] for part in its.getpeercert()["subject"])["commonName"]
+
+
+def test_certificates_that_do_not_do_are_named(tmp_path):
+    """Would catch a traceback, a prompt for a password in a service, and a key that everybody can read."""
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("car")
+    other_certificate, _ = authority.issue("other")
+    for wrong, words in (
+        ((tmp_path / "none.crt",), "no certificate of an authority"),
+        ((key,), "no certificate of an authority"),
+        ((authority.file, other_certificate, str(key)), "no certificate with its key"),
+        ((authority.file, tmp_path / "none.crt", str(key)), "no certificate with its key"),
+        ((authority.file, certificate, str(tmp_path / "none.key")), "no such file"),
+        ((authority.file, certificate, "mqtt_certificate_key"), "LoadCredential"),
+    ):
+        with pytest.raises(Misconfigured) as refused:
+            tls_context(*wrong, environ={"CREDENTIALS_DIRECTORY": str(tmp_path / "nowhere")})
+        assert words in str(refused.value), wrong
+    key.chmod(0o644)
+    with pytest.raises(Misconfigured, match="chmod 600"):
+        tls_context(authority.file, certificate, str(key))

@@ -1,66 +1,66 @@
-"""A short evening through a real mosquitto, with the access list and the limits that we ship in `config/mosquitto`.
+"""A short evening through a real mosquitto with the settings that we ship in `config/mosquitto`: certificates say who is who.
 
-Only who proves who they are is different here: passwords in place of certificates.
+Different here are only port, files, and on whose account mosquitto runs.
 """
 
 import asyncio
 import os
 import re
 import shutil
-import subprocess
 
 import aiomqtt
 import pytest
+from authority import Authority
 from stage import ROOT, Program, Stage, eventually, free_port, surroundings
 
 from agent.core.units import hex0x
 from agent.demo.market import written
+from agent.keys import tls_context
 
 SHIPPED = ROOT / "config/mosquitto"
-PASSWORD = "toy password"
-OF_CERTIFICATES = (
-    "listener",
-    "cafile",
-    "certfile",
-    "keyfile",
-    "require_certificate",
-    "use_identity",
-    "acl_file",
-)
+PLACES = {
+    "listener 8883": "listener {port} 127.0.0.1",
+    "cafile /etc/mosquitto/certs/market-ca.crt": "cafile {authority}",
+    "certfile /etc/mosquitto/certs/broker.crt": "certfile {certificate}",
+    "keyfile /etc/mosquitto/certs/broker.key": "keyfile {key}",
+    "acl_file /etc/mosquitto/v2v.acl": "acl_file {acl}",
+}
 CAROL, MALLORY = "carol-" + "c" * 20, "mallory-" + "e" * 20
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def tool(name):
-    """Where a program of mosquitto's is; Debian keeps one where a user's PATH may not look."""
-    found = shutil.which(name, path=surroundings()["PATH"])
-    if found is None:
-        pytest.skip(f"{name} is not installed: apt-get install mosquitto")
-    return found
-
-
-def mosquitto(folder, port, users):
-    """The broker as its own process, for these users."""
-    folder.mkdir()
-    passwords = written(folder / "passwords", "")
-    for user in users:
-        subprocess.run([tool("mosquitto_passwd"), "-b", passwords, user, PASSWORD], check=True, timeout=10)
-    lines = (SHIPPED / "v2v.conf").read_text().splitlines()
-    kept = [line for line in lines if not line.startswith(OF_CERTIFICATES)]
-    assert len(lines) - len(kept) == len(OF_CERTIFICATES)  # nothing was dropped that has another name now
-    ours = [f"listener {port} 127.0.0.1", f"password_file {passwords}", f"acl_file {SHIPPED / 'v2v.acl'}"]
+def mosquitto(folder, port, authority):
+    """The broker as its own process."""
+    program = shutil.which(
+        "mosquitto", path=surroundings()["PATH"]
+    )  # Debian keeps it where a user may not look
+    if program is None:
+        pytest.skip("mosquitto is not installed: apt-get install mosquitto")
+    certificate, key = authority.issue("broker", host="127.0.0.1")
+    settings = (SHIPPED / "v2v.conf").read_text()
+    for shipped, here in PLACES.items():
+        assert f"\n{shipped}\n" in settings, shipped
+        place = here.format(
+            port=port, authority=authority.file, certificate=certificate, key=key, acl=SHIPPED / "v2v.acl"
+        )
+        settings = settings.replace(f"\n{shipped}\n", f"\n{place}\n")
     if os.getuid() == 0:
-        ours.append("user root")  # else it becomes a user who may not read this folder
-    config = written(folder / "mosquitto.conf", "\n".join([*kept, *ours]) + "\n")
-    return Program([tool("mosquitto"), "-c", config, "-v"], folder, "mosquitto")
+        settings += "user root\n"  # else it becomes a user who may not read this folder
+    return Program([program, "-c", written(folder / "mosquitto.conf", settings), "-v"], folder, "mosquitto")
+
+
+def paths(issued):
+    """Certificate and key as `tls_context` takes them."""
+    certificate, key = issued
+    return certificate, str(key)
 
 
 class Eavesdropper:
-    """Somebody with a valid login who asks for everything, and says things in other people's names."""
+    """Somebody with a valid certificate who asks for everything, and says things in other people's names."""
 
-    def __init__(self, port, lies):
-        self.heard, self._port, self._lies = set(), port, lies
+    def __init__(self, port, tls, lies):
+        self.heard, self._port, self._tls, self._lies = set(), port, tls, lies
 
     async def go(self):
         """Stop listening, and leave politely."""
@@ -70,8 +70,7 @@ class Eavesdropper:
     async def listen(self):
         """Until `go`."""
         self._listening = asyncio.current_task()
-        login = {"username": MALLORY, "password": PASSWORD}
-        async with aiomqtt.Client("127.0.0.1", self._port, **login) as client:
+        async with aiomqtt.Client("127.0.0.1", self._port, tls_context=self._tls) as client:
             for everything in ("#", "v2v/#", "v2v/1/+/in/+", "v2v/1/+/out/+", "v2v/1/+/hello/+"):
                 await client.subscribe(everything, qos=1)
             for topic in self._lies:
@@ -82,18 +81,25 @@ class Eavesdropper:
 
 def test_an_evening_that_strangers_can_neither_hear_nor_disturb(tmp_path):
     """Would catch an access list that keeps the two sides apart, or that lets a third one listen or lie."""
-    port = free_port()
+    port, authority = free_port(), Authority(tmp_path / "certificates")
     with Stage(tmp_path, broker_port=port) as stage:
         alice = hex0x(stage.provider.owner.address)
-        stage.broker_login = {"username": CAROL, "password": PASSWORD}
-        with mosquitto(tmp_path / "broker", port, (alice, CAROL, MALLORY)) as broker:
+        stage.broker_login = {"tls": tls_context(authority.file, *paths(authority.issue(CAROL)))}
+        stage.consumer_sref = CAROL
+        with mosquitto(tmp_path, port, authority) as broker:
             broker.heard("mosquitto version .* running")
             lies = (f"v2v/1/{alice}/hello/forged", f"v2v/1/{alice}/out/{CAROL}", f"v2v/1/{alice}/in/{CAROL}")
-            stranger = Eavesdropper(port, lies)
+            stranger = Eavesdropper(port, tls_context(authority.file, *paths(authority.issue(MALLORY))), lies)
             stage.begin(stranger.listen())
-            password = written(tmp_path / "broker.password", PASSWORD)
+            certificate, key = authority.issue(alice)
             charger = stage.charger()
-            login = {"MQTT__USERNAME": alice, "MQTT__PASSWORD_CREDENTIAL": password, "HTTP__ENABLED": "false"}
+            login = {
+                "MQTT__URL": f"mqtts://127.0.0.1:{port}",
+                "MQTT__AUTHORITY": authority.file,
+                "MQTT__CERTIFICATE": certificate,
+                "MQTT__CERTIFICATE_KEY": key,
+                "HTTP__ENABLED": "false",
+            }
             agent = stage.agent(charger, **login).started()
             agent.heard(r'"mqtt\.up"')
             journey = stage.journey()
