@@ -291,7 +291,7 @@ class SerialSlave:
 
     def __init__(self, exchange: Replies, timing: LineTiming) -> None:
         self._exchange, self._timing = exchange, timing
-        self._link = ""
+        self._link = self._name = ""
         self._line: SerialLine | None = None
         self._fd = -1
         self._heard = b""
@@ -305,9 +305,10 @@ class SerialSlave:
         self._link = link
         self._open()
         self._worker = asyncio.get_running_loop().create_task(self._work())
-        return f"rtu://{Path(link).absolute()}?baud={self._timing.baud}&parity=N"
+        return f"rtu://{self._name}?baud={self._timing.baud}&parity=N"
 
     def _open(self) -> None:
+        self._name = str(Path(self._link).absolute())
         self._line = SerialLine(self._link)
         self._fd = os.open(self._line.device_end, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         asyncio.get_running_loop().add_reader(self._fd, self._readable)
