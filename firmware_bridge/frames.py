@@ -12,11 +12,13 @@ May not know: sockets, ports, time.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pymodbus.exceptions import ModbusException
 from pymodbus.framer import FramerRTU, FramerSocket
-from pymodbus.pdu import DecodePDU, ModbusPDU
+from pymodbus.pdu import DecodePDU, ExceptionResponse, ModbusPDU
 from pymodbus.pdu import bit_message as of_bits
 from pymodbus.pdu import register_message as of_words
 
@@ -26,6 +28,7 @@ READS_BITS = (1, 2)
 READS_WORDS = (3, 4)
 _ACKNOWLEDGED = (5, 6, 16)  # writes; their acknowledgement repeats address and value, or address and count
 BITS_MAX, WORDS_READ_MAX, WORDS_WRITTEN_MAX = 2000, 125, 123  # the protocol's own limits
+_QUESTIONS_KEPT = 256  # the same few are asked for ever; written values pass through
 _HEADER_BYTES = 6  # transaction, protocol, length
 _LENGTH_MIN, _LENGTH_MAX = 3, 254  # of device id and PDU; another length field is a desynchronised stream
 
@@ -86,6 +89,7 @@ _READS: dict[int, type[ModbusPDU]] = {
 }
 
 
+@lru_cache(_QUESTIONS_KEPT)
 def question(asked: Asked) -> bytes:
     """Device id and PDU of the request. AssertionError for what no Modbus device can be asked."""
     return _body(_request(asked))
@@ -97,14 +101,13 @@ def _body(pdu: ModbusPDU) -> bytes:
 
 def tcp_frame(asked: Asked, transaction_id: int) -> bytes:
     """The request as Modbus TCP sends it."""
-    request = _request(asked)
-    request.transaction_id = transaction_id
-    return _TCP.buildFrame(request)
+    return _TCP.encode(question(asked)[1:], asked.device_id, transaction_id)
 
 
+@lru_cache(_QUESTIONS_KEPT)
 def rtu_frame(asked: Asked) -> bytes:
     """The request as RTU sends it, with its checksum."""
-    return _RTU.buildFrame(_request(asked))
+    return _RTU.encode(question(asked)[1:], asked.device_id, 0)
 
 
 def tcp_size(heard: bytes) -> int:
@@ -117,7 +120,8 @@ def tcp_size(heard: bytes) -> int:
     length = int.from_bytes(heard[4:6], "big")
     if heard[2:4] != b"\0\0" or not _LENGTH_MIN <= length <= _LENGTH_MAX:
         raise BridgeError("wrong_reply", f"{heard[:6].hex(' ')} is no Modbus TCP header")
-    return _TCP.decode(heard)[0]
+    size = _HEADER_BYTES + length
+    return size if len(heard) >= size else 0
 
 
 def rtu_size(heard: bytes, asked: Asked) -> int:
@@ -176,14 +180,17 @@ def check_reply(reply: bytes, asked: Asked) -> tuple[int, ...]:
 
 def _understood(reply: bytes) -> ModbusPDU:
     """What pymodbus reads, if it is all that is there."""
-    pdu = _ANSWERS.decode(reply[1:])
-    if pdu is not None:
+    kind = _ANSWERS.lookupPduClass(reply)
+    if kind is not None:
+        # Not `DecodePDU.decode`: it also writes every answer down for a log that nobody reads.
+        pdu = ExceptionResponse(reply[1] & 0x7F) if kind is ExceptionResponse else kind()
         pdu.dev_id = reply[0]
         try:
+            pdu.decode(reply[2:])
             if _body(pdu) == reply:
                 return pdu
-        except (ModbusException, ValueError, IndexError):
-            pass  # it understood something that cannot be written down
+        except (ModbusException, ValueError, IndexError, struct.error):
+            pass  # too short, or it understood something that cannot be written down
     raise BridgeError("wrong_reply", f"{reply.hex(' ')} is more or less than one answer")
 
 

@@ -146,12 +146,21 @@ class _Request:
     spare: int = field(compare=False)
     deadline_s: float = field(compare=False)
     answer: asyncio.Future[tuple[int, ...]] = field(compare=False)
+    listening: _Listening | None = field(compare=False, default=None)  # once it is on the wire
 
 
 class _Listening:
     """Everything heard since one question was put. `ended` is done when that is a whole frame, or no answer any more."""
 
-    def __init__(self, asked: Asked, transaction_id: int | None, *, echoes: bool) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        transaction_id: int | None,
+        *,
+        echoes: bool,
+        at_once: asyncio.Future[tuple[int, ...]] | None,
+    ) -> None:
+        """`at_once`: told a good answer when it is heard, where no silence must follow it."""
         self.asked = asked
         self.question = (
             frames.rtu_frame(asked) if transaction_id is None else frames.tcp_frame(asked, transaction_id)
@@ -161,6 +170,8 @@ class _Listening:
         self.surplus = 0  # bytes behind the answer
         self._transaction_id = transaction_id
         self._echoes = echoes
+        self._at_once = at_once
+        self._words: tuple[int, ...] | None = None
 
     def hear(self, data: bytes) -> None:
         """Bytes came. They may come after `ended` too: then they are seen by `verdict`."""
@@ -174,15 +185,34 @@ class _Listening:
             self.ended.set_result(None)  # `verdict` will say why
         else:
             if size and len(answer) >= size:
-                self.ended.set_result(None)
+                self.ended.set_result(None)  # the owner wakes first, and then the caller
+                self._tell()
+
+    def _tell(self) -> None:
+        """Spare a good answer the way through the owner."""
+        if self._at_once is not None and not self._at_once.done():
+            with contextlib.suppress(BridgeError):  # the owner will say why
+                self._words = self.verdict()
+                self._at_once.set_result(self._words)
+
+    def expire_in(self, seconds: float) -> None:
+        """End with a TimeoutError then."""
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self.end, TimeoutError())
 
     def end(self, error: Exception) -> None:
         """There will be no answer."""
         if not self.ended.done():
             self.ended.set_exception(error)
 
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._expiry.cancel()
+        self.ended.cancel()
+
     def verdict(self) -> tuple[int, ...]:
         """The words that were asked for; BridgeError `wrong_reply` or `exception_N` if that is not what came."""
+        if self._words is not None:
+            return self._words
         answer = self._answer()
         size = self._size(answer)
         if not size or len(answer) < size:
@@ -256,6 +286,8 @@ class Bus:
         self._client: AsyncModbusTcpClient | AsyncModbusSerialClient | None = None
         self._waiting: list[_Request] = []  # a heap
         self._wanted = asyncio.Event()  # set while somebody waits
+        self._begun: _Request | None = None  # a question that left before the owner woke up
+        self._is_resting = False  # the owner waits for somebody to want something
         self._owner: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         self._varied = itertools.count()
@@ -337,28 +369,40 @@ class Bus:
         request = _Request(
             priority, next(self._numbers), asked, spare, loop.time() + patience_s, loop.create_future()
         )
-        heapq.heappush(self._waiting, request)
+        if self._is_resting and self._may_speak:
+            # Nobody is before us: the question leaves now, and the owner finds it on its way.
+            self._is_resting = False
+            self._begun, request.listening = request, self._begin(request)
+        else:
+            heapq.heappush(self._waiting, request)
         self._wanted.set()
         return await request.answer
 
     async def _own(self) -> None:
         try:
             while True:
+                self._is_resting = not self._waiting
                 await self._wanted.wait()
-                noise = (
-                    await self._be_silent()
-                )  # first, so that a STOP that comes meanwhile is the one chosen
-                request = heapq.heappop(self._waiting)
+                self._is_resting = False
+                if self._begun is not None:
+                    await self._settle(self._begun, None)
+                    self._begun = None
+                else:
+                    noise = await self._be_silent()  # first: a STOP that comes meanwhile is the one chosen
+                    await self._settle(heapq.heappop(self._waiting), noise)
                 if not self._waiting:
                     self._wanted.clear()
-                if not request.answer.done():  # else the caller gave up
-                    await self._settle(request, noise)
         finally:
             while self._waiting:
                 self._fail(self._waiting.pop(), BridgeError("closed", f"{self.wire} was closed"))
+            if self._begun is not None and self._begun.listening is not None:
+                self._begun.listening.close()
+                self._fail(self._begun, BridgeError("closed", f"{self.wire} was closed"))
 
     async def _settle(self, request: _Request, noise: BridgeError | None) -> None:
         """Give the request its answer or its error, whatever happens to the owner."""
+        if request.answer.done() and request.listening is None:
+            return  # the caller gave up before his question left
         try:
             if noise is not None:
                 raise noise
@@ -378,11 +422,13 @@ class Bus:
             request.answer.set_exception(error)
 
     async def _serve(self, request: _Request) -> tuple[int, ...]:
-        if asyncio.get_running_loop().time() > request.deadline_s:
-            raise BridgeError("timeout", f"{self.wire} was busy with other requests for too long")
-        await self._connect(urgent=request.priority == Priority.STOP)
+        if request.listening is None:
+            if asyncio.get_running_loop().time() > request.deadline_s:
+                raise BridgeError("timeout", f"{self.wire} was busy with other requests for too long")
+            await self._connect(urgent=request.priority == Priority.STOP)
+            request.listening = self._begin(request)
         try:
-            return await self._exchange(self._lengthened(request))
+            return await self._exchange(request.listening)
         except BridgeError as exc:
             # On RTU even an exception may be a late one, and then the true reply is still under way.
             if not exc.name.startswith("exception_") or self.wire.kind != "tcp":
@@ -399,23 +445,33 @@ class Bus:
         self._last_count = asked.count
         return asked
 
-    async def _exchange(self, asked: Asked) -> tuple[int, ...]:
-        """One question, one answer; whatever was heard in between belongs to it."""
+    def _begin(self, request: _Request) -> _Listening:
+        """Put the question on the wire; from now on whatever is heard belongs to it."""
         assert self._client is not None
         transaction_id = next(self._transaction_ids) & 0xFFFF if self.wire.kind == "tcp" else None
-        listening = self._listening = _Listening(asked, transaction_id, echoes=self._echoes)
-        loop = asyncio.get_running_loop()
-        expiry = loop.call_later(self._request_timeout_s, listening.end, TimeoutError())
+        at_once = None if self.wire.character_gap_s else request.answer
+        listening = _Listening(
+            self._lengthened(request), transaction_id, echoes=self._echoes, at_once=at_once
+        )
+        self._listening = listening
+        listening.expire_in(self._request_timeout_s)
         try:
             self._client.ctx.send(listening.question)
+        except (OSError, termios.error) as exc:
+            listening.end(exc)
+        return listening
+
+    async def _exchange(self, listening: _Listening) -> tuple[int, ...]:
+        """One question that is on its way, and its answer."""
+        try:
             await listening.ended
-            self._silent_until_s = loop.time() + self._gap_s
+            self._silent_until_s = asyncio.get_running_loop().time() + self._gap_s
             if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
                 await _pause(gap_s)
             result = listening.verdict()
         except TimeoutError as exc:
             self._unanswered_by(listening)
-            raise BridgeError("timeout", self._timeout_meaning(asked)) from exc
+            raise BridgeError("timeout", self._timeout_meaning(listening.asked)) from exc
         except (OSError, termios.error) as exc:  # SerialException is an OSError, termios.error is not
             self._drop()
             raise BridgeError("unplugged", f"{self.wire} went away: {exc}") from exc
@@ -426,7 +482,7 @@ class Bus:
                 self._learn_echo(listening)
             raise
         finally:
-            expiry.cancel()
+            listening.close()
             self._listening = None
         self._unanswered = 0
         if listening.surplus:
@@ -460,6 +516,11 @@ class Bus:
     @property
     def _gap_s(self) -> float:
         return max(self.timing.gap_ms / 1000, self.wire.character_gap_s)
+
+    @property
+    def _may_speak(self) -> bool:
+        connected = self._client is not None and self._client.connected
+        return connected and asyncio.get_running_loop().time() >= self._silent_until_s
 
     def _quarantine(self) -> None:
         self._silent_until_s = asyncio.get_running_loop().time() + self._quarantine_s

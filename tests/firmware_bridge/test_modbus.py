@@ -310,3 +310,33 @@ def test_a_wire_takes_the_map_defaults_for_what_it_leaves_out():
     wire = parse_wire("rtu:///dev/ttyUSB0?baud=9600", baud=19200, parity="E")
     assert (wire.baud, wire.parity, wire.stop_bits) == (9600, "E", 1)
     assert parse_wire("tcp://10.0.0.2", tcp_port=1502).port == 1502
+
+
+async def test_who_asks_and_closes_at_once_is_told_so():
+    """Would catch a caller who waits for ever because his question left and the owner never woke up to listen."""
+    async with FaultySlave("tcp") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        await bus.read(1, 3, 10, 1)
+        asking = asyncio.create_task(try_read(bus, 20, 1))
+        await asyncio.sleep(0)
+        await bus.close()
+        async with asyncio.timeout(20):
+            assert await asking == "closed"
+
+
+async def test_a_caller_who_gives_up_leaves_no_answer_behind():
+    """Would catch the answer to an abandoned question taken for the answer to the next one."""
+    async with FaultySlave("rtu+tcp") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        try:
+            for at in range(20):
+                abandoned = asyncio.create_task(bus.read(1, 3, 10 + at, 2))
+                for _ in range(at % 5):
+                    await asyncio.sleep(0)
+                abandoned.cancel()
+                await asyncio.wait({abandoned})
+                assert await bus.read(1, 3, 100 + at, 2) == slave.holds(100 + at, 2)
+        finally:
+            await bus.close()
