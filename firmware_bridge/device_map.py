@@ -94,14 +94,21 @@ class Failsafe:
     """What the device does by itself when nobody speaks to it any more (BRIDGE rule 7)."""
 
     kind: FailsafeKind
-    zero_fallback: bool  # the sources say that it can fall back to 0 A
-    zero_unproven: bool  # they leave it open: only a commissioning test can tell
+    zero_fallback: (
+        bool  # it is set to 0 A and relied on: it can fall back to that, or shall prove that it can
+    )
+    zero_unproven: bool  # the sources leave open whether it can: only a commissioning test can tell
     own_timer: bool  # the time is the device's own; it cannot be set from here
     fed_by: FedBy
     confidence: Confidence
     timeout_ms: Point | None
     fallback: tuple[Point, ...]  # registers that must hold 0 once armed
     note: str = ""
+
+    @property
+    def confirmed(self) -> bool:
+        """True when document and driver agree that it stops; else commissioning must show it by silence."""
+        return self.zero_fallback and not self.zero_unproven and self.confidence in _CONFIRMED
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -178,7 +185,7 @@ class DeviceMap:
         """What a recorded commissioning test must show before this device may sell (BRIDGE rule 9)."""
         found: list[Proof] = []
         failsafe = self.failsafe
-        if failsafe is not None and not (failsafe.zero_fallback and failsafe.confidence in _CONFIRMED):
+        if failsafe is not None and not failsafe.confirmed:
             found.append("failsafe")
         if not self.energy.meter_required and self.energy.confidence not in _CONFIRMED:
             found.append("energy")
@@ -606,7 +613,7 @@ class _Compiler:
             )
         return Failsafe(
             kind=table.kind,
-            zero_fallback=table.zero_fallback is True,
+            zero_fallback=table.zero_fallback is not False,
             zero_unproven=table.zero_fallback == "unproven",
             own_timer=table.timer == "device",
             fed_by=table.fed_by,

@@ -119,10 +119,10 @@ def _failsafe(one: DeviceMap) -> str:
     failsafe = one.failsafe
     if failsafe is None or failsafe.kind == "none":
         return "no: external cut-off"
-    if not (failsafe.zero_fallback or failsafe.zero_unproven):
+    if not failsafe.zero_fallback:
         return "not to 0 A: external cut-off"
     timer = "time of its own" if failsafe.own_timer else "time can be set"
-    certain = "yes" if failsafe.zero_fallback else "unproven"
+    certain = "unproven" if failsafe.zero_unproven else "yes"
     return f"{certain} ({failsafe.confidence}): {timer}, fed by {_FED_BY[failsafe.fed_by]}"
 
 

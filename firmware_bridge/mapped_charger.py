@@ -160,9 +160,10 @@ class _Device:
         return (await self.bus.read(self.device_id, fc, placed.exponent.address, 1, priority=priority))[0]
 
     # -------------------------------------------------------------- SunSpec: the device says where things are
-    def forget_places(self) -> None:
+    async def find_places(self) -> None:
         """Look anew where the models begin: the device may be another one by now."""
-        self._starts = None
+        if self.map.sunspec is not None:
+            self._starts = await self._find_models(self.map.sunspec, Priority.CONTROL)
 
     async def _placed(self, point: Point, priority: Priority) -> Point:
         sunspec = self.map.sunspec
@@ -180,9 +181,12 @@ class _Device:
 
     async def _find_models(self, sunspec: Sunspec, priority: Priority) -> dict[int, int]:
         for base in sunspec.base_addresses:
-            with contextlib.suppress(BridgeError):
+            try:
                 if await self._two_words(base, priority) == _SUNS:
                     break
+            except BridgeError as exc:
+                if not exc.name.startswith("exception_"):
+                    raise  # nobody answers: that says nothing about this address
         else:
             where = ", ".join(map(str, sunspec.base_addresses))
             raise BridgeError("model_missing", f"no SunSpec device: no 'SunS' at any of {where}")
@@ -251,7 +255,7 @@ async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Cha
         meter = None
         if config.meter is not None and meter_map is not None:
             meter = await _lease(
-                buses, leased, meter_map, config.meter.wire or config.wire, config.meter.device_id
+                buses, leased, meter_map, config.meter.wire or str(device.bus.wire), config.meter.device_id
             )
             if meter.bus is device.bus and meter.device_id == device.device_id:
                 raise MapError(
@@ -346,8 +350,7 @@ def _check_fit(config: ChargerConfig, charger_map: DeviceMap, meter_map: DeviceM
     if meter_map is not None and meter_map.kind != "meter":
         raise MapError(f"{meter_map.id} is no meter")
     failsafe = charger_map.failsafe
-    can_stop = failsafe is not None and (failsafe.zero_fallback or failsafe.zero_unproven)
-    if not can_stop and not config.external_cut_off:
+    if (failsafe is None or not failsafe.zero_fallback) and not config.external_cut_off:
         raise MapError(
             f"{charger_map.id} cannot fall back to 0 A by itself when nobody speaks to it; install an "
             "external cut-off (a watchdog contactor) and name it: external_cut_off = ..."
@@ -406,9 +409,9 @@ class MappedCharger:
     def _relies_on_failsafe(self) -> bool:
         """True when the device's own failsafe is what stops it; otherwise the named cut-off does."""
         failsafe = self._device.map.failsafe
-        if failsafe is None:
+        if failsafe is None or not failsafe.zero_fallback:
             return False
-        return failsafe.zero_fallback or (failsafe.zero_unproven and not self.config.external_cut_off)
+        return not (failsafe.zero_unproven and self.config.external_cut_off)
 
     @staticmethod
     def _now_ms() -> int:
@@ -454,7 +457,7 @@ class MappedCharger:
         """
         self._armed_ms = None
         for asked in (self._device, *([self._meter] if self._meter is not None else [])):
-            asked.forget_places()
+            await asked.find_places()
             await _check_settings(asked)
         device_map, failsafe = self._device.map, self._device.map.failsafe
         lock = device_map.commands.get("lock")

@@ -131,7 +131,7 @@ def can_stop_itself(name: str) -> bool:
     """True for a map with a fallback to 0 A, proven or not."""
     failsafe = load_map(name).failsafe
     assert failsafe is not None
-    return failsafe.zero_fallback or failsafe.zero_unproven
+    return failsafe.zero_fallback
 
 
 def simulated(name: str) -> SimulatorConfig:

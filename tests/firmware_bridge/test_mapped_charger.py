@@ -290,6 +290,18 @@ async def test_what_does_not_fit_together_is_refused_before_anything_is_driven(c
             await open_charger(config)
 
 
+async def test_a_meter_on_the_chargers_bus_speaks_as_the_charger_does(tmp_path):
+    """Would catch a pair that is refused because their makers deliver them with different baud rates."""
+    async with Simulator(simulated("obo_ion_epc2plus", tmp_path)) as simulator:
+        wire = (
+            simulator.wire.partition("?")[0] + "?parity=N&stop_bits=1"
+        )  # the baud rate is the charger's, 19200
+        config = ChargerConfig(map="obo_ion_epc2plus", wire=wire, meter=MeterConfig(map=METER))
+        charger = await open_charger(config)
+        assert (await charger.read()).register_mwh is not None
+        await charger.close()
+
+
 async def test_a_meter_may_be_turned_round():
     """Would catch an export wiring that is billed from the import counter."""
     pins = {"register_export_mwh": 7_000_000, "power_w": -4000}
