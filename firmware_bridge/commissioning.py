@@ -35,6 +35,7 @@ AGREE_PERCENT = (
     10  # counter against power: a scale that is wrong is wrong by 1000 or 10, or by a factor of phases
 )
 PRODUCT_PERCENT = 30  # power against volts x amperes x phases: includes the power factor of a weak charger
+LEAST_MA = 6_000  # IEC 61851-1
 STEPS_MIN = 3  # of the counter, before it is compared with anything
 THROTTLED_EXTRA_MA = 4_000  # what a failsafe that only throttles must be seen to take away
 
@@ -224,6 +225,12 @@ class Commissioning:
         self.tell(check)
 
     @property
+    def _least_ma(self) -> int:
+        """The least current that surely flows; a device that is told watts has no least current of its own."""
+        limits = self.charger.limits
+        return min(limits.current_ma_min or LEAST_MA, limits.current_ma_max)
+
+    @property
     def charger(self) -> Charger:
         """The open charger."""
         if self._charger is None:
@@ -299,7 +306,7 @@ class Commissioning:
     # -------------------------------------------------------------- power
     async def _pulse(self) -> str:
         """A short flow at the least current: latency, sign, scale. Leaves it flowing, for the stop."""
-        charger, offered_ma = self.charger, self.charger.limits.current_ma_min
+        charger, offered_ma = self.charger, self._least_ma
         begin_mwh, began_ms = await self._register(), _now_ms()
         await charger.set_limit(current_ma=offered_ma)
         reading = await self._fed_until(
@@ -345,14 +352,14 @@ class Commissioning:
     async def _silence(self) -> str:
         """Let power flow, say nothing for the armed time, and look what is left of it."""
         limits = self.charger.limits
-        offered_ma = limits.current_ma_min
+        offered_ma = self._least_ma
         if not self.subject.zero_fallback:
             offered_ma = min(offered_ma + THROTTLED_EXTRA_MA, limits.current_ma_max)
         await self.charger.arm(self.subject.failsafe_timeout_s)
         await self.charger.set_limit(current_ma=offered_ma)
         floor_w = Reading.IDLE_W
         if not self.subject.zero_fallback:
-            floor_w = (limits.current_ma_min + 1_000) * limits.voltage_mv // 1_000_000
+            floor_w = (self._least_ma + 1_000) * limits.voltage_mv // 1_000_000
         await self._fed_until(
             offered_ma, lambda seen: seen.power_w > floor_w, "no power flows the second time"
         )
@@ -362,7 +369,7 @@ class Commissioning:
         self.outcome.measured["silence_ms"] = int(silent_s * 1000)
         if reading.seen_open:
             return f"after {silent_s:g} s without a word: open, {reading.power_w} W"
-        least_w = limits.current_ma_min * limits.voltage_mv * limits.phase_count // 1_000_000
+        least_w = self._least_ma * limits.voltage_mv * limits.phase_count // 1_000_000
         if not self.subject.zero_fallback and reading.power_w * 100 <= least_w * 120:
             return f"after {silent_s:g} s without a word: throttled to {reading.power_w} W; the external cut-off must do the rest"
         raise Failed(

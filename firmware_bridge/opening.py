@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from firmware_bridge import mapped_charger, rapi
 from firmware_bridge.charger import Charger
-from firmware_bridge.device_map import MAPS, Value, load_map
+from firmware_bridge.device_map import Value, load_map
 from firmware_bridge.mapped_charger import ChargerConfig
 from firmware_bridge.modbus import Buses
 
@@ -46,28 +45,23 @@ async def read_device(map_name: str, wire: str, device_id: int | None = None) ->
 
 
 def is_trusted(config: ChargerConfig) -> bool:
-    """True when charger (and meter) may be sold from without a recorded commissioning (BRIDGE rule 9). Raises MapError."""
-    if is_rapi(config.wire):
-        return False
-    names = [config.map] if config.meter is None else [config.map, config.meter.map]
-    return all(load_map(name).trusted for name in names)
+    """True when this installation may sell without a recorded commissioning (BRIDGE rule 9). Raises MapError."""
+    return not is_rapi(config.wire) and not mapped_charger.unproven(config)
 
 
 def falls_to_zero(config: ChargerConfig) -> bool:
-    """True for a device whose own failsafe stops; others throttle at best, and need an external cut-off. Raises MapError."""
+    """True when the device's own failsafe has to stop it; otherwise the named external cut-off does. Raises MapError."""
     if is_rapi(config.wire):
         return False
     failsafe = load_map(config.map).failsafe
-    return failsafe is not None and failsafe.zero_fallback
+    if failsafe is None:
+        return False
+    return failsafe.zero_fallback or (failsafe.zero_unproven and not config.external_cut_off)
 
 
 def editions(config: ChargerConfig) -> Mapping[str, str]:
     """SHA-256 of each device map in use: a report about another edition of a map proves nothing about this one."""
     if is_rapi(config.wire):
         return {rapi.MAP: hashlib.sha256(_RAPI_EDITION).hexdigest()}
-    names = [config.map] if config.meter is None else [config.map, config.meter.map]
-    return {load_map(name).id: hashlib.sha256(_file(name).read_bytes()).hexdigest() for name in names}
-
-
-def _file(name: str) -> Path:
-    return Path(name) if name.endswith(".toml") else MAPS / f"{name}.toml"
+    maps = [load_map(name) for name in (config.map, config.meter.map if config.meter else None) if name]
+    return {one.id: one.digest for one in maps}

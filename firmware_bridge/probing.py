@@ -179,10 +179,25 @@ async def _lives(bus: Bus, device_id: int, maps: Sequence[DeviceMap]) -> bool:
 async def _fits(bus: Bus, device_id: int, maps: Sequence[DeviceMap]) -> tuple[Fit, ...]:
     found = []
     for device_map in maps:
-        percent = await _fit_percent(bus, device_id, device_map)
+        if device_map.sunspec is not None:
+            percent = 100 if await _is_sunspec(bus, device_id, device_map.sunspec.base_addresses) else 0
+        else:
+            percent = await _fit_percent(bus, device_id, device_map)
         if percent >= FIT_PERCENT:
             found.append(Fit(device_map.id, f"{device_map.maker} {device_map.model}", percent))
     return tuple(sorted(found, key=lambda fit: -fit.percent))
+
+
+async def _is_sunspec(bus: Bus, device_id: int, base_addresses: Sequence[int]) -> bool:
+    """SunSpec says so itself: "SunS" where its list of models begins."""
+    for base in base_addresses:
+        try:
+            if await bus.read(device_id, 3, base, 2) == (0x5375, 0x6E53):
+                return True
+        except BridgeError as error:
+            if not error.name.startswith("exception_") and error.name not in ("timeout", "wrong_reply"):
+                raise
+    return False
 
 
 async def _fit_percent(bus: Bus, device_id: int, device_map: DeviceMap) -> int:

@@ -10,7 +10,14 @@ from firmware_bridge.charger import MapError
 from firmware_bridge.device_map import MAPS, load_map, map_names
 from firmware_bridge.mapped_charger import ChargerConfig, MappedCharger, MeterConfig
 from firmware_bridge.modbus import Buses
-from firmware_bridge.opening import editions, is_trusted, open_charger, open_to_stop, read_device
+from firmware_bridge.opening import (
+    editions,
+    falls_to_zero,
+    is_trusted,
+    open_charger,
+    open_to_stop,
+    read_device,
+)
 from firmware_bridge.rapi import RapiCharger
 from firmware_bridge.simulator import Simulator, SimulatorConfig
 from firmware_bridge.simulator.rapi import RapiSimulator, RapiSimulatorConfig
@@ -42,8 +49,11 @@ def test_trust_is_the_maps_own_word(tmp_path):
         device_map = load_map(name)
         config = ChargerConfig(map=name, wire="tcp://127.0.0.1")
         assert is_trusted(config) is device_map.trusted
+        assert editions(config) == {device_map.id: device_map.digest}
     assert not is_trusted(ChargerConfig(map="openevse_rapi", wire="rapi:///dev/ttyUSB0"))
     assert is_trusted(ChargerConfig(map="simulated", wire="tcp://127.0.0.1"))
+    assert falls_to_zero(ChargerConfig(map="simulated", wire="tcp://127.0.0.1"))
+    assert not falls_to_zero(ChargerConfig(map="openevse_rapi", wire="rapi:///dev/ttyUSB0"))
     doubtful = tmp_path / "webasto_next.toml"
     text = (MAPS / doubtful.name).read_text()
     doubtful.write_text(re.sub(r'^confidence = ".*"', 'confidence = "code"', text, flags=re.MULTILINE))
