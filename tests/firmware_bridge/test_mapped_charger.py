@@ -365,6 +365,17 @@ def test_what_must_be_proven_is_said_of_the_pair(charger, meter, proofs):
     assert unproven(config) == proofs
 
 
+async def test_a_car_that_is_not_plugged_is_state_a():
+    """Would catch KEBA's "not ready", which does not tell a missing car from a waiting one, sold to as B."""
+    pins = {"pilot_state": "B", "plugged": True}
+    async with Simulator(SimulatorConfig(map="keba_p30", tcp="127.0.0.1:0", pinned=pins)) as simulator:
+        charger = await open_charger(connected(simulator))
+        assert (await charger.read()).pilot_state == "B"
+        pins["plugged"] = False
+        assert (await charger.read()).pilot_state == "A"
+        await charger.close()
+
+
 async def test_power_that_is_not_shown_is_not_taken_for_none():
     """Would catch a stop that is believed because the device shows a sentinel instead of its 11 kW."""
     pins = {"power_w": 11_000, "pilot_state": "B"}
