@@ -21,22 +21,27 @@ from pathlib import Path
 from random import Random
 
 from firmware_bridge.charger import MapError
-from firmware_bridge.device_map import READS, Value, load_map
+from firmware_bridge.device_map import READS, DeviceMap, NoValue, Value, load_map
+from firmware_bridge.registers import EncodeError
 from firmware_bridge.simulator.plant import PlantConfig
 from firmware_bridge.simulator.scenario import load_scenario, nearest
 from firmware_bridge.simulator.server import AlsoDevice, Simulator, SimulatorConfig, Truth
 from firmware_bridge.simulator.slave import Framing, LineTiming, SerialSlave, TcpSlave
 from firmware_bridge.simulator.trace import Recorder, Replay
 
+Pins = dict[str, Value | NoValue]
 TRUTH_EVERY_S = 0.5
 _OWN_PIN = re.compile(r"^\d+:")
 _NO_TIME_BAUD = 10**9  # a trace has the line's own time in it already
 
 
-def parse_pins(pairs: Sequence[str], known: Iterable[str] = READS) -> dict[str, Value]:
-    """`["power_w=1000", "pilot_state=B"]` as named values. Raises MapError for a name that is not `known`."""
+def parse_pins(pairs: Sequence[str], known: Iterable[str] = READS) -> Pins:
+    """`["power_w=1000", "pilot_state=B"]` as named values; `none` is the device's own "no value" (a sentinel, a NaN).
+
+    Raises MapError for a name that is not `known`.
+    """
     known = list(known)
-    pins: dict[str, Value] = {}
+    pins: Pins = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
@@ -44,7 +49,9 @@ def parse_pins(pairs: Sequence[str], known: Iterable[str] = READS) -> dict[str, 
         if name not in known:
             raise MapError(f"--set {pair!r}: no quantity {name!r} here; {nearest(name, known)}")
         kind = READS[name]
-        if kind == "flag":
+        if text == "none":
+            pins[name] = NoValue()
+        elif kind == "flag":
             pins[name] = text.lower() in ("1", "true", "yes")
         elif kind in ("pilot", "fault", "text"):
             pins[name] = text
@@ -54,6 +61,18 @@ def parse_pins(pairs: Sequence[str], known: Iterable[str] = READS) -> dict[str, 
             except ValueError:
                 raise MapError(f"--set {pair!r}: {name} is a whole number") from None
     return pins
+
+
+def fitting(pins: Pins, device_map: DeviceMap) -> Pins:
+    """The pins that this device shows. Raises MapError for a value that it has no word for: it would show something else."""
+    found = {name: value for name, value in pins.items() if name in device_map.reads}
+    for name, value in found.items():
+        try:
+            device_map.reads[name].places(value)
+        except EncodeError as exc:
+            said = "none" if isinstance(value, NoValue) else value
+            raise MapError(f"--set {name}={said}: {device_map.id} cannot show that: {exc}") from None
+    return found
 
 
 def parse_also(text: str) -> tuple[str, int | None]:
@@ -261,13 +280,15 @@ def simulator_config(  # noqa: PLR0913 # one argument per option of the command 
     maps = [load_map(name) for name in (device_map, meter_map, *(name for name, _ in others)) if name]
     shown = {name: None for one in maps for name in one.reads}
     general = parse_pins([pair for pair in pins if not _OWN_PIN.match(pair)], shown)
+    for one in maps:
+        fitting(general, one)
     own = [pair.partition(":")[::2] for pair in pins if _OWN_PIN.match(pair)]
     devices = []
     for name, at in others:
         its_map = load_map(name)
         its_id = its_map.wire.device_id if at is None else at
         its_pins = parse_pins([pair for who, pair in own if int(who) == its_id], its_map.reads)
-        devices.append(AlsoDevice(name, its_id, general | its_pins))
+        devices.append(AlsoDevice(name, its_id, fitting(general | its_pins, its_map)))
     strangers = [who for who, _ in own if int(who) not in {one.device_id for one in devices}]
     if strangers:
         raise MapError(f"--set {strangers[0]}:...: no --also device has this id")

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from firmware_bridge.charger import MapError
+from firmware_bridge.device_map import NoValue
 from firmware_bridge.mapped_charger import read_device
 from firmware_bridge.simulator.command import parse_pins, simulator_config
 
@@ -102,6 +103,9 @@ def test_a_pin_with_a_wrong_name_is_told_the_nearest_of_these_devices():
         simulator_config(**words, pins=["voltage_v=230"])
     with pytest.raises(MapError, match="no quantity 'pilot_state' here"):
         simulator_config(**words, pins=["pilot_state=B"])
+    with pytest.raises(MapError, match="webasto_next cannot show that"):
+        simulator_config(**(words | {"device_map": "webasto_next"}), pins=["pilot_state=Q"])
+    assert parse_pins(["register_mwh=none"]) == {"register_mwh": NoValue()}
     with pytest.raises(MapError, match="no --also device has this id"):
         simulator_config(**words, pins=["9:power_w=1"])
     config = simulator_config(

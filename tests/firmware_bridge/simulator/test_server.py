@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pymodbus.client import AsyncModbusTcpClient
 
 from firmware_bridge.charger import BridgeError, MapError
@@ -203,6 +205,11 @@ async def test_mbpoll_reads_and_writes_it_as_any_device(tmp_path, serial) -> Non
         assert simulator.truth().offered_ma == 16_000
 
 
+def as_request(fc: int, tail: bytes) -> bytes:
+    """A request near the addresses that exist."""
+    return bytes([fc, 0]) + bytes([200 - len(tail)]) + tail
+
+
 async def mbpoll(*words: str) -> str:
     """What it says; it must succeed."""
     process = await asyncio.create_subprocess_exec(
@@ -211,3 +218,18 @@ async def mbpoll(*words: str) -> str:
     out, _ = await process.communicate()
     assert process.returncode == 0, out.decode()
     return out.decode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pdu=st.binary(min_size=1, max_size=253) | st.builds(as_request, st.integers(1, 16), st.binary(max_size=8))
+)
+async def test_no_request_however_odd_breaks_the_device(pdu) -> None:
+    """Would catch a request that ends the simulator, or an answer that no master could read."""
+    simulator = Simulator(SimulatorConfig(tcp="127.0.0.1:0"))
+    device = simulator._laid_out()[1]
+    answer = device.answer(pdu)
+    refused = answer[0] == pdu[0] | 0x80 and len(answer) == 2
+    read = answer[0] == pdu[0] <= 4 and len(answer) == 2 + answer[1]
+    written = answer == pdu[:5] and pdu[0] in (5, 6, 15, 16)
+    assert refused or read or written
