@@ -163,11 +163,10 @@ async def test_on_a_line_bad_frames_strangers_and_broadcasts_get_silence(tmp_pat
             b"\xff" * 300,
         ):
             await ask(unheard, 0)
-            await asyncio.sleep(
-                0.12
-            )  # the silence between two frames; an answer would be in the way of the next
-        assert await ask(good, 9) == framed("rtu", 0, 1, SAID)
-    assert len(device.asked) == 2, "the broadcast was done, and not answered"
+            await asyncio.sleep(0.12)  # the silence between two frames
+        other = b"\x04\x00\x00\x00\x01"  # told from any answer to the others by its own
+        assert await ask(framed("rtu", 0, 1, other), 5) == framed("rtu", 0, 1, b"\x84\x01")
+    assert device.asked == [READ, other], "the broadcast was done, and not answered"
 
 
 async def test_an_unknown_function_is_refused_by_name(tmp_path):
