@@ -263,7 +263,7 @@ async def test_a_box_arms_delivers_and_stops(tmp_path):
         assert box.heard.count("SC 16 V") == 1  # on change only
         assert {"SH 1", "S3 1"} <= set(box.heard)
         counted = await read_until(
-            charger, lambda seen: seen.register_mwh >= begin.register_mwh + 2000, beat=beat
+            charger, lambda seen: seen.register_mwh >= begin.register_mwh + 1000, beat=beat
         )
         assert counted.register_mwh <= box.truth().register_mwh
         await charger.hold()
@@ -335,7 +335,7 @@ async def test_an_idle_box_that_nobody_feeds_is_no_fault(tmp_path):
     async with boxed(tmp_path) as (charger, box):
         await charger.arm(1)
         await charger.hold()
-        await eventually(lambda: box.truth().failsafe_tripped)
+        box._trigger = 2  # its second is over
         charger._looked_ms = None
         assert (await charger.read()).fault is None
         await charger.arm(5)
