@@ -166,6 +166,7 @@ class _Listening:
             frames.rtu_frame(asked) if transaction_id is None else frames.tcp_frame(asked, transaction_id)
         )
         self.heard = b""
+        self.heard_at_s = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.surplus = 0  # bytes behind the answer
         self._transaction_id = transaction_id
@@ -176,6 +177,7 @@ class _Listening:
     def hear(self, data: bytes) -> None:
         """Bytes came. They may come after `ended` too: then they are seen by `verdict`."""
         self.heard = (self.heard + data)[:_HEARD_BYTES_MAX]
+        self.heard_at_s = asyncio.get_running_loop().time()
         if self.ended.done():
             return
         try:
@@ -259,15 +261,14 @@ class _Listening:
         return frames.tcp_size(answer)
 
 
-async def _pause(seconds: float) -> None:
+async def _pause_until(then_s: float) -> None:
     """A short sleep that ends in time. The event loop counts whole milliseconds, up to one too many, which at 115200 baud
     is a fifth of an exchange; the rest is spent going round the loop, where everybody else still gets his turn.
     """
     loop = asyncio.get_running_loop()
-    until_s = loop.time() + seconds
-    if whole_ms := int(seconds * 1000):
+    if (whole_ms := int((then_s - loop.time()) * 1000)) > 0:
         await asyncio.sleep(whole_ms / 1000)
-    while loop.time() < until_s:  # noqa: ASYNC110 - nothing happens that could be waited for; it is the time
+    while loop.time() < then_s:  # noqa: ASYNC110 - nothing happens that could be waited for; it is the time
         await asyncio.sleep(0)
 
 
@@ -465,9 +466,9 @@ class Bus:
         """One question that is on its way, and its answer."""
         try:
             await listening.ended
-            self._silent_until_s = asyncio.get_running_loop().time() + self._gap_s
+            self._silent_until_s = listening.heard_at_s + self._gap_s
             if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
-                await _pause(gap_s)
+                await _pause_until(listening.heard_at_s + gap_s)
             result = listening.verdict()
         except TimeoutError as exc:
             self._unanswered_by(listening)
@@ -535,7 +536,7 @@ class Bus:
             wait_s = self._silent_until_s - loop.time()
             if wait_s <= 0:
                 return None
-            await (asyncio.sleep(wait_s) if wait_s > _PAUSE_S_MAX else _pause(wait_s))
+            await (asyncio.sleep(wait_s) if wait_s > _PAUSE_S_MAX else _pause_until(self._silent_until_s))
         self._drop()
         return BridgeError(
             "bus_noisy", f"{self.wire} does not fall silent; is there a second master, or a wrong baud rate?"
