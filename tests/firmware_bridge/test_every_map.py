@@ -264,3 +264,23 @@ async def test_a_sunspec_device_says_itself_where_its_models_are(tmp_path):
     async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire) as read:
         with pytest.raises(BridgeError, match=r"model_missing.*no 'SunS'"):
             await read()
+
+
+async def test_the_devices_own_exponents_are_asked_and_not_supposed(tmp_path):
+    """Would catch ten times the power, or a tenth of the energy, on an inverter that counts in tens."""
+    text = (MAPS / "sunspec_der_7xx.toml").read_text(encoding="utf-8")
+    for address in (55, 116, 120):
+        text = text.replace(f"{{ address = {address} }}", f"{{ address = {address}, usual = 1 }}")
+    tens = tmp_path / "sunspec_der_7xx.toml"
+    tens.write_text(text, encoding="utf-8")
+    async with Simulator(replace(simulated(str(tens)), plant=QUICK)) as simulator:
+        charger = await open_charger(connected(simulator, "sunspec_der_7xx"))
+        assert charger.limits.counter_step_mwh == 10_000
+        assert (await charger.read()).register_mwh == QUICK.register_mwh_begin
+        await charger.arm(5)
+        await charger.set_limit(power_w=5_520)
+        assert simulator.truth().offered_ma == OFFER_MA
+        assert [words for _, _, words in simulator.writes][-1] == (0, 552)
+        await charger.hold()
+        assert simulator.truth().offered_ma == 0
+        await charger.close()
