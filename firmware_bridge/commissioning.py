@@ -37,7 +37,9 @@ AGREE_PERCENT = (
 PRODUCT_PERCENT = 30  # power against volts x amperes x phases: includes the power factor of a weak charger
 LEAST_MA = 6_000  # IEC 61851-1
 STEPS_MIN = 3  # of the counter, before it is compared with anything
-THROTTLED_EXTRA_MA = 4_000  # what a failsafe that only throttles must be seen to take away
+THROTTLED_EXTRA_MA = 4_000  # what a failsafe that only throttles can be seen to take away
+ZEROS_MIN = 3  # readings without power, before a cut-off is believed
+DARK_SLACK_MS = 5_000  # between the newest reading and the cut, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Patience:
     rest_s: float = 1.0  # between two looks at a counter that must stand still
     refresh_s: float = 2.0  # the slowest meter refresh allowed for; power must flow for four of them
     pulse_s_max: float = 120.0  # a counter of 10 Wh steps at 6 A on one phase needs 80 s for three
+    coarse_s_max: float = 900.0  # one of 100 Wh steps needs 260 s for a single one
+    cut_off_s: float = 180.0  # somebody walks to the cut-off and makes it open
     answer_s: float = 5.0  # a device that does not answer is asked again for this long
     lock_after_s: float = 5.0
     safe_s: float = 20.0  # the end: then somebody must open the breaker
@@ -159,23 +163,28 @@ def _near(power_w: int, product_w: int) -> bool:
 class Subject:
     """What is commissioned. `look` reads every quantity once, before the charger is opened (many take one connection only).
 
-    `zero_fallback`: the device's failsafe stops; otherwise it throttles, and an external cut-off is named.
+    `cut_off`: the name of the external cut-off, where the device's own failsafe does not stop; None where it does.
     """
 
     open: Callable[[], Awaitable[Charger]]
     open_to_stop: Callable[[], Awaitable[Charger]]
     look: Callable[[], Awaitable[Mapping[str, object]]]
     failsafe_timeout_s: int
-    zero_fallback: bool
+    cut_off: str | None
 
 
 class Commissioning:
     """`outcome = await Commissioning(subject, tell).run()`; raises nothing for a device that is broken."""
 
     def __init__(
-        self, subject: Subject, tell: Callable[[Check], None], patience: Patience | None = None
+        self,
+        subject: Subject,
+        tell: Callable[[Check], None],
+        patience: Patience | None = None,
+        instruct: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.subject, self.tell = subject, tell
+        """`tell` hears each answer, `instruct` what somebody has to do now."""
+        self.subject, self.tell, self.instruct = subject, tell, instruct
         self.patience = patience or Patience()
         self.outcome = Outcome()
         self._charger: Charger | None = None
@@ -201,8 +210,11 @@ class Commissioning:
             ("pulse", self._pulse, ("counter at rest", "failsafe armed", "car")),
             ("stop", self._stop, ("pulse",)),
             ("failsafe by silence", self._silence, ("pulse", "stop")),
+            ("external cut-off", self._cut_off, ("pulse", "stop")),
         )
         for name, ask, needs in checks:
+            if name == "external cut-off" and self.subject.cut_off is None:
+                continue
             missing = [need for need in needs if not self._has_passed(need)]
             if missing:
                 self._note(name, "skipped", f"needs: {', '.join(missing)}")
@@ -213,7 +225,7 @@ class Commissioning:
                 self._note(name, "failed", str(why))
             except (BridgeError, MapError) as error:
                 self._note(name, "failed", str(error))
-            if name in ("pulse", "failsafe by silence") and not self._has_passed(name):
+            if name != "pulse" or not self._has_passed(name):
                 await self._hold_quietly()
 
     def _has_passed(self, name: str) -> bool:
@@ -315,13 +327,14 @@ class Commissioning:
         self.outcome.measured["start_latency_ms"] = reading.at_ms - began_ms
         flowed_uwh = 0
         least_s = _now_s() + 4 * self.patience.refresh_s
-        most_s = _now_s() + self.patience.pulse_s_max
+        steps, most_s = self._pulse_length(reading.power_w)
+        most_s += _now_s()
         while True:
             before = reading
             reading = await self._fed_reading(offered_ma)
             flowed_uwh += (before.power_w + reading.power_w) * (reading.at_ms - before.at_ms) * 1000 // 7200
             counted_mwh = (reading.register_mwh or begin_mwh) - begin_mwh
-            enough = abs(counted_mwh) >= STEPS_MIN * charger.limits.counter_step_mwh and _now_s() > least_s
+            enough = abs(counted_mwh) >= steps * charger.limits.counter_step_mwh and _now_s() > least_s
             if enough or _now_s() > most_s:
                 break
         self.outcome.measured |= {"pulse_power_w": reading.power_w, "pulse_counted_mwh": counted_mwh}
@@ -341,6 +354,13 @@ class Commissioning:
         )
         return f"{power}; {counter}"
 
+    def _pulse_length(self, power_w: int) -> tuple[int, float]:
+        """How many steps of the counter to wait for, and how long at most: a coarse counter is seen to tick once."""
+        step_s = self.charger.limits.counter_step_mwh * 3.6 / max(1, abs(power_w))
+        if (STEPS_MIN + 1) * step_s <= self.patience.pulse_s_max:
+            return STEPS_MIN, self.patience.pulse_s_max
+        return 1, min(self.patience.coarse_s_max, max(self.patience.pulse_s_max, 2 * step_s))
+
     async def _stop(self) -> str:
         began_ms = _now_ms()
         await self.charger.hold()
@@ -351,30 +371,63 @@ class Commissioning:
 
     async def _silence(self) -> str:
         """Let power flow, say nothing for the armed time, and look what is left of it."""
-        limits = self.charger.limits
-        offered_ma = self._least_ma
-        if not self.subject.zero_fallback:
+        offered_ma, floor_w = self._least_ma, Reading.IDLE_W
+        if self.subject.cut_off is not None:  # more than the least, so that throttling can be seen
+            limits = self.charger.limits
             offered_ma = min(offered_ma + THROTTLED_EXTRA_MA, limits.current_ma_max)
-        await self.charger.arm(self.subject.failsafe_timeout_s)
-        await self.charger.set_limit(current_ma=offered_ma)
-        floor_w = Reading.IDLE_W
-        if not self.subject.zero_fallback:
             floor_w = (self._least_ma + 1_000) * limits.voltage_mv // 1_000_000
-        await self._fed_until(
-            offered_ma, lambda seen: seen.power_w > floor_w, "no power flows the second time"
-        )
+        await self._flow_again(offered_ma, floor_w)
         silent_s = self.subject.failsafe_timeout_s + self.patience.silent_s
         await asyncio.sleep(silent_s)
         reading = await self._patiently(self._read)
-        self.outcome.measured["silence_ms"] = int(silent_s * 1000)
+        self.outcome.measured |= {"silence_ms": int(silent_s * 1000), "silence_power_w": reading.power_w}
+        what = f"after {silent_s:g} s without a word: "
         if reading.seen_open:
-            return f"after {silent_s:g} s without a word: open, {reading.power_w} W"
-        least_w = self._least_ma * limits.voltage_mv * limits.phase_count // 1_000_000
-        if not self.subject.zero_fallback and reading.power_w * 100 <= least_w * 120:
-            return f"after {silent_s:g} s without a word: throttled to {reading.power_w} W; the external cut-off must do the rest"
-        raise Failed(
-            f"after {silent_s:g} s without a word {reading.power_w} W still flow: its failsafe does not work"
-        )
+            return f"{what}open, {reading.power_w} W"
+        if self.subject.cut_off is not None:
+            return f"{what}{reading.power_w} W go on; only {self.subject.cut_off} stops it"
+        raise Failed(f"{what}{reading.power_w} W still flow: its failsafe does not work")
+
+    async def _flow_again(self, offered_ma: int, floor_w: int) -> Reading:
+        await self.charger.arm(self.subject.failsafe_timeout_s)
+        await self.charger.set_limit(current_ma=offered_ma)
+        return await self._fed_until(offered_ma, lambda seen: seen.power_w > floor_w, "no power flows again")
+
+    async def _cut_off(self) -> str:
+        """Somebody makes the external cut-off open, while we go on offering power: it must take the power away.
+
+        A box that loses its supply with it goes dark; then its counter, once it is back, must show that nothing flowed meanwhile.
+        """
+        await self._patiently(self.charger.hold)
+        newest = await self._flow_again(self._least_ma, Reading.IDLE_W)
+        self.instruct(f"make {self.subject.cut_off} open now, in the way it opens when this computer dies")
+        began_s, dark_s, zeros = _now_s(), None, 0
+        while zeros < ZEROS_MIN:
+            if _now_s() - began_s > self.patience.cut_off_s:
+                raise Failed(f"{newest.power_w} W still flow: {self.subject.cut_off} did not open")
+            try:
+                reading = await self._fed_reading(self._least_ma)
+            except BridgeError:
+                dark_s = dark_s or _now_s()
+                await self._arm_quietly()
+                continue
+            if dark_s is not None and (reading.register_mwh or 0) - (
+                newest.register_mwh or 0
+            ) > self._slack_mwh(newest):
+                raise Failed("energy flowed while it did not answer: only the wire was cut")
+            newest = reading
+            zeros = zeros + 1 if abs(reading.power_w) <= Reading.IDLE_W else 0
+        return f"{self.subject.cut_off} took the power away" + (" and the box's supply" if dark_s else "")
+
+    def _slack_mwh(self, newest: Reading) -> int:
+        """What may have flowed between the newest reading and the cut: some seconds, and two steps."""
+        return newest.power_w * DARK_SLACK_MS // 3600 + 2 * self.charger.limits.counter_step_mwh
+
+    async def _arm_quietly(self) -> None:
+        """A box that lost its supply forgot its failsafe. Bounded by the wire's own time-outs."""
+        await asyncio.sleep(self.charger.limits.poll_interval_ms / 1000)
+        with contextlib.suppress(BridgeError):
+            await self.charger.arm(self.subject.failsafe_timeout_s)
 
     async def _fed_reading(self, offered_ma: int) -> Reading:
         """One beat: look, judge, offer again (which feeds the failsafe)."""

@@ -155,9 +155,13 @@ def _commissioned(port: PortConfig, *, as_json: bool) -> dict[str, Any]:
 async def _run(config: ChargerConfig, tell: Any, patience: Patience | None = None) -> Outcome:
     from firmware_bridge.commissioning import Commissioning
 
-    task = asyncio.create_task(Commissioning(subject(config), tell, patience).run())
+    task = asyncio.create_task(Commissioning(subject(config), tell, patience, _instruct).run())
     _hear_signals(task)
     return await task
+
+
+def _instruct(text: str) -> None:
+    click.echo(f">>> {text}", err=True)
 
 
 def _hear_signals(task: asyncio.Task[Outcome]) -> None:
@@ -192,7 +196,7 @@ def subject(config: ChargerConfig) -> Subject:
         open_to_stop=lambda: open_to_stop(config, buses),
         look=look,
         failsafe_timeout_s=config.failsafe_timeout_s,
-        zero_fallback=falls_to_zero(config),
+        cut_off=None if falls_to_zero(config) else config.external_cut_off or "the external cut-off",
     )
 
 

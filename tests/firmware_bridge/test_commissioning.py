@@ -43,7 +43,7 @@ PATIENCE = Patience(
 )
 
 
-def subject(config, *, zero_fallback=True, **changes):
+def subject(config, *, cut_off=None, **changes):
     """What the command line makes of a port."""
     buses = Buses()
 
@@ -55,14 +55,14 @@ def subject(config, *, zero_fallback=True, **changes):
         open_to_stop=lambda: open_to_stop(config, buses),
         look=look,
         failsafe_timeout_s=config.failsafe_timeout_s,
-        zero_fallback=zero_fallback,
+        cut_off=cut_off,
         **changes,
     )
 
 
-async def commissioned(config, *, patience=PATIENCE, **changes):
+async def commissioned(config, *, patience=PATIENCE, instruct=lambda _: None, **changes):
     """The outcome, by check."""
-    outcome = await Commissioning(subject(config, **changes), lambda _: None, patience).run()
+    outcome = await Commissioning(subject(config, **changes), lambda _: None, patience, instruct).run()
     return outcome, {check.name: check for check in outcome.checks}
 
 
@@ -108,23 +108,43 @@ async def test_a_good_charger_passes_and_everything_is_told():
             "hold_ms",
             "stop_latency_ms",
             "silence_ms",
+            "silence_power_w",
         }
         assert "open" in checks["failsafe by silence"].found
         assert simulator.truth().failsafe_tripped
         assert simulator.truth().delivered_mwh < 10_000  # seconds at 6 A, no more
 
 
-async def test_an_openevse_passes_with_its_throttle_and_says_so(tmp_path, monkeypatch):
-    """Would catch a box that only throttles being called a box that stops."""
+async def test_an_openevse_passes_with_the_cut_off_that_somebody_opened(tmp_path, monkeypatch):
+    """Would catch a box that only throttles being called a box that stops, and a cut-off that nobody has ever seen open."""
     monkeypatch.setattr(commissioning, "STEPS_MIN", 1)  # a Wh takes a second
     async with RapiSimulator(RapiSimulatorConfig(str(tmp_path / "tty"), plant=QUICK)) as box:
         config = ChargerConfig(
             map="openevse_rapi", wire=box.wire, failsafe_timeout_s=1, external_cut_off="K1"
         )
-        outcome, checks = await commissioned(config, zero_fallback=False)
+        told = []
+
+        def open_it(text):
+            told.append(text)
+            box.plant.cut_off(box.plant.now_ms)
+
+        outcome, checks = await commissioned(config, cut_off="K1", instruct=open_it)
         assert outcome.passed, [check for check in outcome.checks if check.result != "passed"]
-        assert "throttled to 4140 W; the external cut-off" in checks["failsafe by silence"].found
+        assert told == ["make K1 open now, in the way it opens when this computer dies"]
+        assert "4140 W go on; only K1 stops it" in checks["failsafe by silence"].found
+        assert "K1 took the power away" in checks["external cut-off"].found
         assert not box.truth().enabled
+
+
+async def test_a_cut_off_that_does_not_open_fails(monkeypatch):
+    """Would catch a contactor that exists in the settings only."""
+    monkeypatch.setattr(commissioning, "THROTTLED_EXTRA_MA", 0)
+    async with simulated() as simulator:
+        patience = replace(PATIENCE, cut_off_s=0.5)
+        outcome, checks = await commissioned(connected(simulator), cut_off="K1", patience=patience)
+        assert not outcome.passed
+        assert checks["external cut-off"].result == "failed"
+        assert "K1 did not open" in checks["external cut-off"].found
 
 
 def wrong(text, *replacements):
