@@ -27,9 +27,13 @@ QUICK = PlantConfig(ev_lag_ms=20, ev_ramp_ma_per_s=1_000_000, register_mwh_begin
 
 
 def copied(name: str, folder: Path, *, flip: bool = False) -> str:
-    """The same map as a file of its own, without its pauses; `flip` turns the words of every number round."""
+    """The same map as a file of its own, without its pauses and patient with a slow machine; `flip` turns the words of
+    every number round.
+    """
     text = (MAPS / f"{name}.toml").read_text(encoding="utf-8")
     text = re.sub(r"gap_ms = \d+", "gap_ms = 0", text)
+    text = re.sub(r"request_timeout_ms = \d+\n", "", text)
+    text = text.replace("[wire]\n", "[wire]\nrequest_timeout_ms = 2000\n")
     if flip and 'word_order = "little"' in text:
         text = text.replace('word_order = "little"', 'word_order = "big"')
     elif flip:
@@ -150,7 +154,7 @@ async def until(look, wanted, beat=None):
         seen = await look()
         if wanted(seen):
             return seen
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", CHARGERS)
@@ -187,7 +191,7 @@ async def falls_silent(name: str) -> None:
     async with Simulator(simulated(name)) as simulator:
         charger = await open_charger(connected(simulator, name))
         try:
-            await charger.arm(1)
+            await charger.arm(2)
 
             async def truth():
                 return simulator.truth()
@@ -199,14 +203,14 @@ async def falls_silent(name: str) -> None:
             stopped = await until(truth, lambda seen: not seen.energised)
             assert stopped.failsafe_tripped, name
             assert stopped.at_ms - quiet_since_ms >= 0
-            assert simulator.plant.failsafe_timeout_ms == 1_000, name
+            assert simulator.plant.failsafe_timeout_ms == 2_000, name
         finally:
             await charger.close()
 
 
 async def test_every_failsafe_cuts_the_power_when_nobody_speaks(tmp_path, monkeypatch):
     """Would catch a timer that was never started, a fallback left at 6 A, and a map that names the wrong register."""
-    monkeypatch.setattr(server, "_DEVICE_TIMER_MS", 1_000)
+    monkeypatch.setattr(server, "_DEVICE_TIMER_MS", 2_000)
     names = [copied(name, tmp_path) for name in CHARGERS if can_stop_itself(name)]
     assert len(names) > 12
     await asyncio.gather(*map(falls_silent, names))
