@@ -355,28 +355,29 @@ class _Device:
         held = self.held[fc]
         if any(at not in held for at in range(address, address + count)):
             return _ILLEGAL_ADDRESS
-        self._refresh(fc, held)
+        self._refresh(fc, held, range(address, address + count))
         found = [held[at] for at in range(address, address + count)]
         if fc in _READ_WORDS:
             return b"".join(word.to_bytes(2, "big") for word in found)
         packed = sum(bit << at for at, bit in enumerate(found))
         return packed.to_bytes(-(-count // 8), "little")
 
-    def _refresh(self, fc: int, held: dict[int, int]) -> None:
-        """Bring everything this function code shows up to the plant's state."""
+    def _refresh(self, fc: int, held: dict[int, int], asked: range) -> None:
+        """Bring what this function code shows at the asked addresses up to the plant's state."""
         plant = self.plant
         for point in self.map.reads.values():
-            if point.read_fc == fc:
+            if _shows(point, fc, asked):
                 pinned = self.pinned.get(point.name)
                 value = self._true_value(point.name, plant) if pinned is None else pinned
                 self._show(point, value, plant.config.phase_count, held)
         for point in self.settable:
-            value_held = self._held_value(point, plant)
             for place in (point, point.mirror):
-                if place is not None and place.read_fc == fc and value_held is not None:
-                    self._show(place, value_held, 1, held)
+                if place is not None and _shows(place, fc, asked):
+                    value_held = self._held_value(point, plant)
+                    if value_held is not None:
+                        self._show(place, value_held, 1, held)
         for item in self.settings:
-            if item.point.read_fc == fc:
+            if _shows(item.point, fc, asked):
                 self._show(item.point, item.example, 1, held)
         if fc == 3:
             held.update(self.fixed)
@@ -503,6 +504,13 @@ def _sunspec_list(sunspec: Sunspec) -> tuple[dict[int, int], dict[int, int]]:
         words |= dict(enumerate((model, length), start=at))
         at += 2 + length
     return starts, words | dict(enumerate(_SUNSPEC_END, start=at))
+
+
+def _shows(point: Point, fc: int, asked: range) -> bool:
+    """True when this function code shows a part of the point at the asked addresses."""
+    if point.read_fc != fc:
+        return False
+    return any(at < asked.stop and asked.start < at + count for at, count in point.spans().items())
 
 
 def _asked_to_write(pdu: bytes) -> tuple[int, tuple[int, ...]] | None:
