@@ -28,7 +28,10 @@ COMMANDS = {
         "agent.cli.organisation:organisation",
         "Who runs the market: deploy, add and remove EVs.",
     ),
-    "charger": ("agent.cli.charger:charger", "The installer's and tester's tools: find, look, try, simulate."),
+    "charger": (
+        "agent.cli.charger:charger",
+        "The installer's and tester's tools: find, look, try, simulate.",
+    ),
     "key": ("agent.cli.key:key", "Key files: make one, take one over, see whose it is."),
     "verify": ("agent.cli.verify:verify", "Check an exported session without a network."),
     "config": ("agent.cli.config:config", "Check a configuration file before it is used."),
