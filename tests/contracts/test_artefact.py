@@ -105,3 +105,25 @@ def test_foreign_code_does_not_match():
         assert load_artefact().matches_deployed(tampered) is (place in masked)
     assert not load_artefact().matches_deployed(b"")
     assert not load_artefact().matches_deployed(bytes(code) + b"\0")
+
+
+def test_nothing_in_the_code_can_run_other_code_or_vanish():
+    """Would catch a way to the Parity bug (a library that is killed or replaced under the market) and a second call out:
+    the deployed code holds one CALL, `withdraw`'s, two STATICCALLs at most (the recover precompile), and none of the rest.
+    """
+    code, place, found = load_artefact().deployed_bytecode, 0, []
+    while place < len(code):
+        found.append(code[place])
+        place += code[place] - 0x5F + 1 if 0x60 <= code[place] <= 0x7F else 1  # PUSH1..PUSH32 carry data
+    call, static_call = 0xF1, 0xFA
+    forbidden = {
+        "CREATE": 0xF0,
+        "CALLCODE": 0xF2,
+        "DELEGATECALL": 0xF4,
+        "CREATE2": 0xF5,
+        "SELFDESTRUCT": 0xFF,
+        "ORIGIN": 0x32,
+    }
+    assert [name for name, opcode in forbidden.items() if opcode in found] == []
+    assert found.count(call) == 1
+    assert found.count(static_call) <= 2
