@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict, Field
 
 from firmware_bridge.charger import BridgeError, Charger, Identity, Limits, MapError, PilotState, Reading
+from firmware_bridge.cut_off import run_cut_off
 from firmware_bridge.device_map import PROOFS, DeviceMap, Point, Proof, Sunspec, Value, load_map
 from firmware_bridge.modbus import Bus, Buses, Priority, Timing, parse_wire
 from firmware_bridge.plausibility import Bounds, Plausibility
@@ -43,9 +44,9 @@ _WARM_MS = 1_000  # everything that is not hot is read at most once a second (BR
 _HOLD_ATTEMPTS = 3
 _HOLD_CHECK_MS = 1_000  # a hold that was verified is looked at again this often, not written again
 _PILOT_STATES: dict[str, PilotState] = {"A": "A", "B": "B", "C": "C", "D": "D", "E": "E", "F": "F"}
-_CUT_OFF_S = 5.0  # an external cut-off that takes longer has failed
 _SUNS = (0x5375, 0x6E53)  # "SunS": here begins a list of SunSpec models
 _SUNSPEC_END = 0xFFFF
+_NOT_HERE = ("exception_2", "exception_3")  # how a device says that there is nothing at an address
 _SUNSPEC_MODELS_MAX = 64  # a list that never ends is no list
 
 
@@ -185,8 +186,8 @@ class _Device:
                 if await self._two_words(base, priority) == _SUNS:
                     break
             except BridgeError as exc:
-                if not exc.name.startswith("exception_"):
-                    raise  # nobody answers: that says nothing about this address
+                if exc.name not in _NOT_HERE:
+                    raise  # nobody answers, or a gateway for nobody: that says nothing about this address
         else:
             where = ", ".join(map(str, sunspec.base_addresses))
             raise BridgeError("model_missing", f"no SunSpec device: no 'SunS' at any of {where}")
@@ -658,21 +659,7 @@ class MappedCharger:
 
         Raises BridgeError `cut_off_failed` when the program is missing, fails, or takes longer than 5 s.
         """
-        if not self.config.cut_off_command:
-            return
-        name = self.config.external_cut_off or self.config.cut_off_command[0]
-        try:
-            process = await asyncio.create_subprocess_exec(*self.config.cut_off_command)
-        except OSError as exc:
-            raise BridgeError("cut_off_failed", f"{name}: {exc.strerror}; open the breaker by hand") from exc
-        try:
-            code = await asyncio.wait_for(process.wait(), _CUT_OFF_S)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise BridgeError("cut_off_failed", f"{name} took too long; open the breaker by hand") from None
-        if code != 0:
-            raise BridgeError("cut_off_failed", f"{name} ended with {code}; open the breaker by hand")
+        await run_cut_off(self.config.external_cut_off, self.config.cut_off_command)
 
     # -------------------------------------------------------------- looking
     async def read(self) -> Reading:

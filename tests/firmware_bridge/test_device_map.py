@@ -111,6 +111,88 @@ def test_each_kind_of_mistake_has_its_own_sentence(old, new, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("[read.power_w]", "[read.frequency_mhz]", "must show power_w too"),
+        ('access = "W"', 'access = "R"', "only a failsafe may be looked at only"),
+        ('fed_by = "keep_alive"', 'fed_by = "timeout"', ""),
+        ('raw_unit = "1 s"', 'raw_unit = "1 s"\nmodel = 704', "is not among sunspec.model_words"),
+        (
+            'raw_unit = "1 Wh"',
+            'raw_unit = ["1 kWh", "1 Wh"]',
+            "one for each of addresses, the coarsest first",
+        ),
+        ('raw_unit = "1 Wh"', 'raw_unit = "-1 Wh"', "only power has a sign"),
+        ('raw_unit = "1 Wh"', 'raw_unit = "0 Wh"', "must be more than nothing"),
+        (
+            'values = { 0 = "A"',
+            'exponent = { address = 1 }\nvalues = { 0 = "A"',
+            "only a quantity has an exponent",
+        ),
+        (
+            "[energy]",
+            '[[expect]]\naddress = 9\nremedy = "set it up as it should be"\n\n[energy]',
+            "values = [...]",
+        ),
+        ('range = ["6 A", "32 A"]', 'range = ["32 A", "6 A"]', "the least is more than the most"),
+        ('range = ["6 A", "32 A"]', 'range = ["6 A"]', ""),
+        (
+            'type = "u16"\nraw_unit = "1 mA"',
+            'type = "i16"\nmask = 7\nraw_unit = "1 mA"',
+            "only an unsigned number",
+        ),
+        ("[failsafe.timeout_ms]", "[failsafe.current_ma_single_phase]", 'timer = "device"'),
+        (
+            "[wire]",
+            "[sunspec]\nbase_addresses = [0]\nmodel_words = { seven = 7 }\n\n[wire]",
+            "is no model number",
+        ),
+    ],
+)
+def test_each_quirk_has_its_own_check(old, new, told):
+    """Would catch an option that is taken where it means nothing; what is told of nothing must load."""
+    text = wrong(a=(old, new))
+    if not told:
+        assert parse_map(text, "webasto_next.toml").trusted
+        return
+    with pytest.raises(MapError) as caught:
+        parse_map(text, "webasto_next.toml")
+    assert told in str(caught.value)
+
+
+def test_what_is_not_confirmed_twice_must_be_proven():
+    """Would catch a fallback that is only hoped for, and a counter that one source alone knows (BRIDGE rule 9)."""
+    hoped = ("zero_fallback = true", 'zero_fallback = "unproven"')
+    failsafe = parse_map(wrong(a=hoped), "webasto_next.toml").failsafe
+    assert failsafe is not None
+    assert (failsafe.zero_fallback, failsafe.zero_unproven, failsafe.confirmed) == (True, True, False)
+    assert parse_map(wrong(a=hoped), "webasto_next.toml").unproven == ("failsafe",)
+    counter = ('meter = "built_in"\nconfidence = "both"', 'meter = "built_in"\nconfidence = "doc"')
+    assert parse_map(wrong(a=counter), "webasto_next.toml").unproven == ("energy",)
+
+
+def test_a_digest_names_the_text():
+    """Would catch a proof that is believed for a map that was changed since."""
+    good = parse_map(wrong(), "webasto_next.toml")
+    other = parse_map(wrong(a=("address = 1036", "address = 1038")), "webasto_next.toml")
+    assert good.digest == load_map("webasto_next").digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("phoenix_charx_sec#13", "this device has 1 to 12"),
+        ("webasto_next#2", "only one, so leave the # away"),
+        ("webasto_next#two", "the number of a connector"),
+    ],
+)
+def test_a_connector_that_is_not_there_is_refused(name, told):
+    """Would catch the thirteenth charging point of twelve."""
+    with pytest.raises(MapError, match=told):
+        load_map(name)
+
+
 def test_a_map_that_is_not_there_suggests_the_nearest():
     """Would catch an unhelpful answer to a typing error."""
     with pytest.raises(MapError, match="did you mean 'webasto_next'"):

@@ -264,6 +264,9 @@ async def test_a_sunspec_device_says_itself_where_its_models_are(tmp_path):
         with pytest.raises(BridgeError, match=r"model_missing.*802.*soc_permille.*701, 703, 704, 713"):
             async with device_reader(str(lacking / "sunspec_der_7xx.toml"), simulator.wire) as read:
                 await read()
+    async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire, 77) as read:
+        with pytest.raises(BridgeError, match="exception_11"):
+            await read()
     config = SimulatorConfig(map="webasto_next", tcp="127.0.0.1:0", device_id=1)
     async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire) as read:
         with pytest.raises(BridgeError, match=r"model_missing.*no 'SunS'"):
