@@ -172,13 +172,14 @@ class _Listening:
         self._transaction_id = transaction_id
         self._echoes = echoes
         self._at_once = at_once
+        self._bytes_wanted = 0
         self._words: tuple[int, ...] | None = None
 
     def hear(self, data: bytes) -> None:
         """Bytes came. They may come after `ended` too: then they are seen by `verdict`."""
         self.heard = (self.heard + data)[:_HEARD_BYTES_MAX]
         self.heard_at_s = asyncio.get_running_loop().time()
-        if self.ended.done():
+        if self.ended.done() or len(self.heard) < self._bytes_wanted:
             return
         try:
             answer = self._answer()
@@ -186,6 +187,7 @@ class _Listening:
         except BridgeError:
             self.ended.set_result(None)  # `verdict` will say why
         else:
+            self._bytes_wanted = size  # a slow line brings byte by byte: not each is worth a look
             if size and len(answer) >= size:
                 self.ended.set_result(None)  # the owner wakes first, and then the caller
                 self._tell()
