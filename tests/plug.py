@@ -28,7 +28,7 @@ RATE_WEI_PER_KWH = 10**17
 SREF = "c0ffee" * 5 + "42"  # 16 random bytes, as hex
 
 
-async def eventually(holds, seconds: float = 10.0) -> None:
+async def eventually(holds, seconds: float = 30.0) -> None:
     """Wait until a condition holds that nobody announces; TimeoutError when it does not."""
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - there is no event to wait for

@@ -43,7 +43,7 @@ OPERATOR = ephemeral_signer(b"provider's operator")
 STRANGER = ephemeral_signer(b"stranger")
 
 
-async def eventually(holds, seconds: float = 10.0) -> None:
+async def eventually(holds, seconds: float = 30.0) -> None:
     """Wait until a condition holds that nobody announces; TimeoutError when it does not."""
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - there is no event to wait for

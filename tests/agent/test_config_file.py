@@ -41,6 +41,7 @@ KEY = "59c6995e998f97a5a0044966f0945389dc9e86dae88c7a8412f4603b6b78690d"
 TABLES = "chain, keys, ports, policy, mqtt, http, journal, log"
 PORT = (
     "name, map, wire, device_id, current_ma_max, phase_count, failsafe_timeout_s, external_cut_off, "
+    "cut_off_command, "
     "ev_lag_ms, ev_ramp_ma_per_s, poll_interval_ms, commissioning, meter"
 )
 NO_PASSWORD = "must not hold a user name or a password; name a credential instead"

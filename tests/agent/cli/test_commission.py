@@ -74,7 +74,7 @@ async def test_the_report_is_signed_and_the_agent_believes_it(tmp_path, quick):
     assert report["passed"] is True
     settings = load_installation(file, {})
     port = settings.ports[0]
-    config = ChargerConfig.model_validate({**port.installed(), "current_ma_max": port.current_ma_max})
+    config = ChargerConfig.model_validate(port.charger_settings())
     question = {
         "installed": port.installed(),
         "editions": editions(config),

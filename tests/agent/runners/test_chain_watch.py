@@ -238,7 +238,7 @@ async def test_it_follows_heads_by_itself(tmp_path: Path) -> None:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def becomes(engine: Engine, true: object, timeout_s: float = 15) -> None:
+async def becomes(engine: Engine, true: object, timeout_s: float = 40) -> None:
     """Wait until the book says so."""
     assert callable(true)
     async with asyncio.timeout(timeout_s):

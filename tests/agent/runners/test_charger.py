@@ -67,7 +67,7 @@ class Socket:
         ):
             assert self.engine.accept(event)
 
-    async def becomes(self, true: Callable[[], bool], timeout_s: float = 20) -> None:
+    async def becomes(self, true: Callable[[], bool], timeout_s: float = 45) -> None:
         """Wait for it; the engine's own beat goes on meanwhile."""
         async with asyncio.timeout(timeout_s):
             while not true():

@@ -30,7 +30,7 @@ async def served(plug, host="127.0.0.1"):
     runner = HttpRunner(plug.engine, plug.door, host, 0)
     tasks = [asyncio.create_task(runner.run()), asyncio.create_task(plug.beat())]
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await runner.listening.wait()
         yield runner
     finally:
@@ -63,7 +63,7 @@ async def ask(phone, kind, data, sref=SREF):
 async def next_event(stream):
     """The next event of a stream as (name, message); comments are skipped."""
     lines = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (lines and lines[-1] == b""):
             line = (await stream.content.readline()).rstrip(b"\n")
             if not line.startswith(b":") and (line or lines):
@@ -230,7 +230,7 @@ async def test_streams_are_limited_for_each_source(phone, runner):
 
 async def eventually_free(phone):
     """Streams whose readers left give their places back."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             async with phone.get(f"/v1/session/{SREF}") as stream:
                 if stream.status == 200:
@@ -243,7 +243,7 @@ async def test_connections_are_limited_for_each_source(runner):
     host, port = "127.0.0.1", int(runner.url.rpartition(":")[2])
     streams = [await asyncio.open_connection(host, port) for _ in range(http.CONNECTIONS_MAX_PER_SOURCE)]
     reader, writer = await asyncio.open_connection(host, port)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
     for _, one in [*streams, (reader, writer)]:
@@ -260,7 +260,7 @@ async def test_visitor_who_never_asks_is_shown_out(plug, monkeypatch):
     async with served(plug) as runner:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(runner.url.rpartition(":")[2]))
         writer.write(b"GET /v1/hello HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await reader.read() == b""
         writer.close()
         assert runner._strangers == {}
@@ -274,7 +274,7 @@ async def test_body_that_trickles_is_not_waited_for(plug, monkeypatch):
         writer.write(
             f"POST /v1/present HTTP/1.1\r\nHost: localhost\r\nX-V2V-Sref: {SREF}\r\nContent-Length: 9\r\n\r\n{{".encode()
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
         writer.close()
 
@@ -286,7 +286,7 @@ async def test_silent_stream_is_kept_alive(plug, monkeypatch):
         served(plug) as runner,
         aiohttp.ClientSession(runner.url) as phone,
         phone.get(f"/v1/session/{SREF}") as stream,
-        asyncio.timeout(10),
+        asyncio.timeout(30),
     ):
         assert await stream.content.readline() == b":\n"
 
@@ -317,7 +317,7 @@ async def test_bug_behind_the_door_ends_the_runner(plug, monkeypatch):
     async with aiohttp.ClientSession(runner.url) as phone, phone.post("/v1/present", **asked) as response:
         assert response.status == 500
     with pytest.raises(AssertionError, match="the disk is gone"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await task
 
 

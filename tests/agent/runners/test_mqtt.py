@@ -113,7 +113,7 @@ class Listener:
             self.heard[message.topic.value.removeprefix(f"{self.root}/")].append(message)
             self._news.set()
 
-    async def until(self, holds, seconds=10.0):
+    async def until(self, holds, seconds=30.0):
         """Wait for a condition on what was heard; False in time is a failure of the story."""
         async with asyncio.timeout(seconds):
             while not holds():
