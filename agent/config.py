@@ -299,6 +299,13 @@ class PortConfig(Section):
     external_cut_off: str | None = Field(
         None, min_length=1, max_length=64, description="By name, where the device has no failsafe of its own"
     )
+    cut_off_command: tuple[str, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        max_length=16,
+        description="The program that makes it open, when a stop was not obeyed; words, no shell",
+    )
     ev_lag_ms: int = Field(
         4_000, ge=0, le=60_000, description="How late the consumer's car follows a new limit"
     )
@@ -318,6 +325,11 @@ class PortConfig(Section):
         names = ("map", "wire", "device_id", "phase_count", "failsafe_timeout_s", "external_cut_off")
         meter = None if self.meter is None else self.meter.model_dump()
         return {**{name: getattr(self, name) for name in names}, "meter": meter}
+
+    def charger_settings(self) -> dict[str, Any]:
+        """What `firmware_bridge` is told about this port, as the fields of its ChargerConfig."""
+        more = {"current_ma_max": self.current_ma_max, "cut_off_command": self.cut_off_command or ()}
+        return {**self.installed(), **more}
 
 
 class ProviderPolicyConfig(Section):

@@ -213,7 +213,7 @@ async def _charger(port: PortConfig, buses: Buses) -> AsyncIterator[_Port]:
 
 
 def _charger_config(port: PortConfig) -> ChargerConfig:
-    return ChargerConfig.model_validate({**port.installed(), "current_ma_max": port.current_ma_max})
+    return ChargerConfig.model_validate(port.charger_settings())
 
 
 def _check_commissioned(port: _Port, meter_signer: MeterSigner) -> None:

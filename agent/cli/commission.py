@@ -132,7 +132,7 @@ def _commissioned(port: PortConfig, *, as_json: bool) -> dict[str, Any]:
     from firmware_bridge.mapped_charger import ChargerConfig
     from firmware_bridge.opening import editions
 
-    config = ChargerConfig.model_validate({**port.installed(), "current_ma_max": port.current_ma_max})
+    config = ChargerConfig.model_validate(port.charger_settings())
     known = dict(editions(config))  # a map that is wrong is said before anything moves
 
     def tell(check: Check) -> None:

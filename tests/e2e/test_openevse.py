@@ -21,7 +21,7 @@ def reported(stage, wire, environ):
     """What `v2v charger commission` would have written about this box (tests/agent/cli/test_commission.py has it written)."""
     settings = load_agent(stage.config(wire), {f"V2V_{name}": str(value) for name, value in environ.items()})
     (port,) = settings.ports
-    config = ChargerConfig.model_validate({**port.installed(), "current_ma_max": port.current_ma_max})
+    config = ChargerConfig.model_validate(port.charger_settings())
     report = {
         "passed": True,
         "installed": port.installed(),
