@@ -95,6 +95,7 @@ def test_a_daemon_that_stands_still_on_a_serial_line(stage):
     assert session.energy_wh_delivered >= 3
 
 
+@pytest.mark.long  # test_kill has the same with a charger that listens
 def test_killed_while_its_charger_has_stopped_listening(stage):
     """Would catch a failsafe that is only as good as the writes before it: nothing but the timer ends this power."""
     deaf = "[[fault]]\nafter_wh = 2\nplant = 'ignores_stop'\n"
@@ -112,14 +113,14 @@ def test_a_charger_that_ignores_the_stop_is_locked(stage):
     deaf = "[[fault]]\nafter_wh = 2\nplant = 'ignores_stop'\n"
     charger = stage.charger(*scenario(stage, deaf))
     agent = stage.agent(charger, **SLOW_FAILSAFE).started()
-    buying = buys(stage, agent, 12, 1)
+    buying = buys(stage, agent, 8, 1)
 
     session = settled(stage, agent, buying)
-    assert session.energy_wh_delivered == 12
+    assert session.energy_wh_delivered == 8
     assert was_locked(stage)
     eventually(charger.is_at_zero, 10, "locked, it is at zero")
     moved_mwh = session.register_mwh_end - session.register_mwh_begin
-    assert moved_mwh > 12_500, "it must have ignored the stop, or this shows nothing"
+    assert moved_mwh > 8_500, "it must have ignored the stop, or this shows nothing"
 
 
 def test_a_contactor_that_sticks_is_cut_off_and_its_port_locked_out(stage):
@@ -127,7 +128,7 @@ def test_a_contactor_that_sticks_is_cut_off_and_its_port_locked_out(stage):
     welded = "[[fault]]\nafter_wh = 2\nplant = 'contactor_stuck'\n"
     charger = stage.charger(*scenario(stage, welded))
     agent = stage.agent(charger, POLICY__STOP_DEADLINE_S=7).started()
-    buying = buys(stage, agent, 12, 1)
+    buying = buys(stage, agent, 8, 1)
 
     session = settled(stage, agent, buying)
     assert session.end_seen_open is False
