@@ -17,6 +17,7 @@ from agent.errors import EXIT_DONE, EXIT_UNREACHABLE, Misconfigured, Refused, Tr
 from firmware_bridge.charger import BridgeError
 from firmware_bridge.mapped_charger import ChargerConfig, open_charger
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
+from firmware_bridge.simulator.rapi import RapiSimulator, RapiSimulatorConfig, single_phase
 
 NOWHERE = "tcp://127.0.0.1:1"
 QUICK = PlantConfig(ev_lag_ms=200)
@@ -72,6 +73,15 @@ async def test_chargers_that_were_left_delivering_are_seen_open(tmp_path):
             truth = simulator.truth()
             assert (truth.power_w, truth.energised, truth.enabled, truth.offered_ma) == (0, False, False, 0)
             assert not truth.locked  # it obeyed
+
+
+async def test_an_openevse_that_began_by_itself_is_stopped_too(tmp_path):
+    """Would catch a serial charger that only the Modbus driver is asked to stop; this one charges by itself after a power cut."""
+    async with RapiSimulator(RapiSimulatorConfig(str(tmp_path / "tty"), plant=single_phase(QUICK))) as box:
+        await eventually(lambda: box.truth().power_w > 1_000)
+        done = await asyncio.to_thread(typed, settings(tmp_path, box.wire, device_map="openevse_rapi"))
+        assert (done.returncode, done.stdout) == (EXIT_DONE, "p0: open\n")
+        assert (box.truth().energised, box.truth().enabled) == (False, False)
 
 
 async def test_one_that_is_away_keeps_nobody_else_waiting_or_unsafe(tmp_path, impatient, capsys):
