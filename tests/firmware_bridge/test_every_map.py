@@ -245,34 +245,6 @@ async def test_a_device_set_up_in_another_way_is_not_armed(tmp_path):
         await charger.close()
 
 
-async def test_a_sunspec_device_says_itself_where_its_models_are(tmp_path):
-    """Would catch fixed addresses, a list read from the wrong base, and a model that is believed without being there."""
-    text = (MAPS / "sunspec_der_7xx.toml").read_text(encoding="utf-8")
-    there = tmp_path / "sunspec_der_7xx.toml"
-    there.write_text(
-        text.replace("[40000, 50000, 0]", "[50000]").replace("{ 701", "{ 1 = 66, 702 = 50, 701"),
-        encoding="utf-8",
-    )
-    config = SimulatorConfig(map=str(there), tcp="127.0.0.1:0", pinned={"power_w": 4_321})
-    async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire) as read:
-        assert (await read())["power_w"] == 4_321
-    config = replace(config, map="sunspec_der_7xx")
-    lacking = tmp_path / "lacking"
-    lacking.mkdir()
-    (lacking / "sunspec_der_7xx.toml").write_text(text.replace("713", "802"), encoding="utf-8")
-    async with Simulator(config) as simulator:
-        with pytest.raises(BridgeError, match=r"model_missing.*802.*soc_permille.*701, 703, 704, 713"):
-            async with device_reader(str(lacking / "sunspec_der_7xx.toml"), simulator.wire) as read:
-                await read()
-    async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire, 77) as read:
-        with pytest.raises(BridgeError, match="exception_11"):
-            await read()
-    config = SimulatorConfig(map="webasto_next", tcp="127.0.0.1:0", device_id=1)
-    async with Simulator(config) as simulator, device_reader("sunspec_der_7xx", simulator.wire) as read:
-        with pytest.raises(BridgeError, match=r"model_missing.*no 'SunS'"):
-            await read()
-
-
 async def test_the_devices_own_exponents_are_asked_and_not_supposed(tmp_path):
     """Would catch ten times the power, or a tenth of the energy, on an inverter that counts in tens."""
     text = (MAPS / "sunspec_der_7xx.toml").read_text(encoding="utf-8")

@@ -14,7 +14,6 @@ from firmware_bridge.mapped_charger import (
     ChargerConfig,
     MeterConfig,
     open_charger,
-    plan_blocks,
     read_device,
     unproven,
 )
@@ -473,13 +472,3 @@ async def test_a_set_point_that_expires_is_kept_at_zero_too():
             await asyncio.sleep(0.05)
         assert set(holds) == {(0, 0)}
         await charger.close()
-
-
-def test_reads_are_grouped_as_the_device_allows():
-    """Would catch a block read across a gap (KEBA breaks), or twenty requests where one does."""
-    points = list(load_map("simulated").reads.values())
-    alone = plan_blocks(points, "single_value", 64)
-    together = plan_blocks(points, "gapless", 64)
-    across = plan_blocks(points, "across_gaps", 125)
-    assert len(alone) > len(together) > len(across) == 2
-    assert (together[0].address, together[0].count) == (100, 9)
