@@ -4,6 +4,7 @@ Rules
 * `SignSettlement` is owed -> prepare and sign, accept `SettlementSigned`. Only then is `BroadcastSettlement` owed.
 * The same bytes are sent again with every new head until the chain shows them; a slow one is replaced: same nonce, higher fees,
   journaled first. So exactly one settlement per session can be mined.
+* A nonce below ours that nobody holds any more (a reorganisation lost its transaction) would block ours for ever: we take it.
 * A settlement that would revert is not sent; the reason is logged and asked again later (the consumer may have ended meanwhile).
 * What one settlement is refused for delays no other one: a sale worth less than its gas must not hold up those after it.
 
@@ -22,7 +23,7 @@ from agent.chain.node import Node, Receipt
 from agent.chain.sender import Sender, SignedTx
 from agent.core import events as ev
 from agent.core.effects import BroadcastSettlement, SignSettlement
-from agent.core.session import Session
+from agent.core.session import CLOSED, Session
 from agent.core.units import Address, SessionId, TxHash, cost_wei_floor, hex0x, short
 from agent.engine import Engine
 from agent.errors import Refused, Transient
@@ -165,22 +166,45 @@ class ChainSend:
         if not state.is_open:
             return  # settled by another of our transactions or by the consumer; the watcher will see it
         log.warning("settlement.nonce_taken", session=short(effect.session_id))
+        await self._sign_anew(session, await self._node.nonce(self._sender.address, pending=True))
+
+    async def _sign_anew(self, session: Session, nonce: int) -> None:
         data = contract.encode_end_connection(session.terms.token, session.energy_wh_acked, session.ack)
-        nonce = await self._node.nonce(self._sender.address, pending=True)
         signed = await self._sender.prepare(
             self._contract, data, nonce=nonce, cost_wei_max=_stake_wei(session)
         )
-        self._journal(effect.session_id, session.energy_wh_acked, signed)
+        self._journal(session.session_id, session.energy_wh_acked, signed)
+
+    async def _nonce_gap(self, nonce: int) -> int | None:
+        """The lowest nonce below this one that neither the chain nor a settlement of ours has taken; None without one."""
+        gap = await self._node.nonce(self._sender.address)
+        taken = {_nonce_held(session) for session in self._engine.book.sessions.values()}
+        while gap in taken:  # at most one more than we have sessions
+            gap += 1
+        return gap if gap < nonce else None
 
     async def _replace(self, session_id: SessionId) -> None:
         session = self._engine.book.sessions[session_id]
         assert session.settlement is not None
         signed = SignedTx.from_raw(session.settlement.raw_tx)
+        gap = await self._nonce_gap(signed.nonce)
+        if gap is not None:
+            log.warning("settlement.nonce_gap", session=short(session_id), nonce=signed.nonce, free=gap)
+            await self._sign_anew(session, gap)
+            return
         replaced = await self._sender.replacement(signed, cost_wei_max=_stake_wei(session))
         log.info(
             "settlement.replaced", session=short(session_id), max_fee_per_gas_wei=replaced.max_fee_per_gas_wei
         )
         self._journal(session_id, session.settlement.energy_wh_settled, replaced)
+
+
+def _nonce_held(session: Session) -> int | None:
+    """The nonce of a settlement that is on its way, or mined for good: a node that lags must not make that look like a gap."""
+    ours, ended = session.settlement, session.ended
+    if ours is None or (session.stage in CLOSED and (ended is None or ended.tx_hash != ours.tx_hash)):
+        return None  # never needed: the consumer was first, and whether it was mined is not known
+    return ours.nonce
 
 
 def _stake_wei(session: Session) -> int:

@@ -13,7 +13,7 @@ from agent.chain.node import Receipt
 from agent.core import events as ev
 from agent.core.effects import BroadcastSettlement, SignSettlement
 from agent.core.events import Presentation, StopReason
-from agent.core.live import HeaderSeen
+from agent.core.live import Beat, HeaderSeen
 from agent.core.session import Session, Stage
 from agent.core.token import NO_ACK, ZERO_ADDRESS
 from agent.engine import Engine
@@ -185,6 +185,35 @@ async def test_a_nonce_used_by_somebody_else_is_signed_anew(tmp_path: Path) -> N
         await one.sends().do_owed()
         await one.look_at_head()
         await one.sends().do_owed()
+        assert len(await one.settlements()) == 1
+
+
+async def test_a_nonce_that_nobody_holds_any_more_does_not_block_the_payment(tmp_path: Path) -> None:
+    """Storm 2002015: a reorganisation lost the transaction before ours; ours waited behind the gap until a stranger settled."""
+    async with Bazaar(tmp_path) as bazaar:
+        one = await desk(bazaar)
+        runner = one.sends()
+        nonce = await bazaar.node.nonce(bazaar.provider.operator.address)
+        sender = bazaar.sender(bazaar.provider.operator.signer)
+        data = contract.encode_end_connection(one.opened.token, DELIVERED_WH, one.session.ack)
+        ahead = await sender.prepare(bazaar.address, data, nonce=nonce + 1)
+        signed = ev.SettlementSigned(
+            one.engine.at_s, one.opened.session_id, DELIVERED_WH, ahead.nonce, ahead.tx_hash, ahead.raw_tx,
+            ahead.max_fee_per_gas_wei, ahead.max_priority_fee_per_gas_wei,
+        )  # fmt: skip
+        one.engine.accept(signed)
+        await one.look_at_head()
+        await runner.do_owed()
+        assert not await one.settlements()
+        bazaar.net.mine()
+        await one.look_at_head()
+        bazaar.now_ms += REPLACE_AFTER_S * 1000
+        one.engine.observe(Beat())
+        await runner.do_owed()
+        assert one.session.settlement is not None
+        assert one.session.settlement.nonce == nonce
+        await one.look_at_head()
+        await runner.do_owed()
         assert len(await one.settlements()) == 1
 
 
