@@ -201,12 +201,16 @@ class Simulator:
 
     # -------------------------------------------------------------- what is asked
     async def _answer(self, device_id: int, pdu: bytes) -> bytes | None:
-        if device_id == 0 and 0 not in self.devices:  # a broadcast
+        device = self.devices.get(device_id)
+        if device is not None:
+            return device.answer(pdu)
+        if self.config.tcp is not None and not self.config.rtu:
+            # Over TCP the address is the host's; 0 and 255 mean whoever answers there (Modbus messaging on TCP/IP, 4.4.2.2).
+            return self.devices[self.device_id].answer(pdu) if device_id in (0, 255) else None
+        if device_id == 0:  # a broadcast: done by everybody, answered by nobody
             for one in self.devices.values():
                 one.answer(pdu)
-            return pdu[:1] if self.config.pty is not None or self.config.rtu else None
-        device = self.devices.get(device_id)
-        return None if device is None else device.answer(pdu)
+        return None
 
     @staticmethod
     def _now_ms() -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pymodbus import FramerType
 from pymodbus.client import AsyncModbusTcpClient
 
 from firmware_bridge.charger import BridgeError, MapError
@@ -137,6 +138,25 @@ async def test_several_devices_share_a_wire_and_only_a_meter_shares_a_plant() ->
         assert nobody.exception_code == NOBODY
     with pytest.raises(MapError, match="both have device id 255"):
         await Simulator(replace(config, also=(AlsoDevice("webasto_next"),))).__aenter__()
+
+
+async def test_over_tcp_0_and_255_mean_whoever_answers_and_on_a_gateway_0_means_everybody() -> None:
+    """Would catch a client that addresses the host, as the standard advises, and is told that nobody is there."""
+    async with stranger(SimulatorConfig(tcp="127.0.0.1:0")) as (simulator, client):
+        for device_id, current_ma in ((0, 7_000), (255, 8_000)):
+            assert not (await client.write_registers(200, [current_ma], device_id=device_id)).isError()
+            assert simulator.truth().offered_ma == current_ma
+    also = (AlsoDevice("simulated", 2),)
+    async with Simulator(SimulatorConfig(tcp="127.0.0.1:0", rtu=True, also=also)) as simulator:
+        host, port = simulator.wire.removeprefix("rtu+tcp://").split(":")
+        client = AsyncModbusTcpClient(host, port=int(port), framer=FramerType.RTU, timeout=2, retries=0)
+        assert await client.connect()
+        try:
+            await client.write_registers(200, [9_000], device_id=0, no_response_expected=True)
+            await becomes(lambda: [one.offered_ma for one in simulator.truths().values()] == [9_000, 9_000])
+            assert not (await client.read_holding_registers(100, count=4, device_id=2)).isError()
+        finally:
+            client.close()
 
 
 async def test_a_scenario_reaches_wire_and_plant() -> None:
