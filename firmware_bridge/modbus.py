@@ -172,7 +172,7 @@ class _Listening:
         self._transaction_id = transaction_id
         self._echoes = echoes
         self._at_once = at_once
-        self._bytes_wanted = 0
+        self._bytes_wanted = self._bytes_judged = 0
         self._words: tuple[int, ...] | None = None
 
     def hear(self, data: bytes) -> None:
@@ -196,8 +196,7 @@ class _Listening:
         """Spare a good answer the way through the owner."""
         if self._at_once is not None and not self._at_once.done():
             with contextlib.suppress(BridgeError):  # the owner will say why
-                self._words = self.verdict()
-                self._at_once.set_result(self._words)
+                self._at_once.set_result(self.verdict())
 
     def expire_in(self, seconds: float) -> None:
         """End with a TimeoutError then."""
@@ -215,8 +214,9 @@ class _Listening:
 
     def verdict(self) -> tuple[int, ...]:
         """The words that were asked for; BridgeError `wrong_reply` or `exception_N` if that is not what came."""
-        if self._words is not None:
+        if self._words is not None and len(self.heard) == self._bytes_judged:
             return self._words
+        self._bytes_judged = len(self.heard)
         answer = self._answer()
         size = self._size(answer)
         if not size or len(answer) < size:
@@ -225,10 +225,12 @@ class _Listening:
             )
         self.surplus = len(answer) - size
         if self._transaction_id is not None:
-            return frames.open_tcp(answer[:size], self.asked, self._transaction_id)
+            self._words = frames.open_tcp(answer[:size], self.asked, self._transaction_id)
+            return self._words
         if self.surplus and not self._is_acknowledged_and_echoed:
             raise BridgeError("wrong_reply", f"{self.surplus} bytes too many came; is there a second master?")
-        return frames.open_rtu(answer[:size], self.asked)
+        self._words = frames.open_rtu(answer[:size], self.asked)
+        return self._words
 
     @property
     def _is_acknowledged_and_echoed(self) -> bool:
@@ -469,9 +471,10 @@ class Bus:
         try:
             await listening.ended
             self._silent_until_s = listening.heard_at_s + self._gap_s
+            result = listening.verdict()
             if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
                 await _pause_until(listening.heard_at_s + gap_s)
-            result = listening.verdict()
+                result = listening.verdict()  # the same, unless more was heard
         except TimeoutError as exc:
             self._unanswered_by(listening)
             raise BridgeError("timeout", self._timeout_meaning(listening.asked)) from exc
