@@ -321,11 +321,23 @@ class MappedCharger:
             if failsafe.timeout_ms is not None:
                 self._check_timeout(failsafe.timeout_ms, timeout_ms)
             for fallback in failsafe.fallback:
-                await self._write_verified(fallback, 0)
+                await self._fall_back_to_zero(fallback)
             if failsafe.timeout_ms is not None:
                 await self._write_verified(failsafe.timeout_ms, timeout_ms)
         await self._feed(timeout_ms, force=True)
         self._armed_ms = timeout_ms
+
+    async def _fall_back_to_zero(self, fallback: Point) -> None:
+        try:
+            await self._write_verified(fallback, 0)
+        except BridgeError as exc:
+            if not exc.name.startswith("exception_"):
+                raise
+            raise BridgeError(
+                "failsafe_not_armed",
+                f"{self._device.map.id} refuses to fall back to 0 ({exc}); install an external cut-off and name "
+                "it: external_cut_off = ...",
+            ) from exc
 
     def _check_timeout(self, point: Point, timeout_ms: int) -> None:
         low, high = point.low or 1, point.high or timeout_ms

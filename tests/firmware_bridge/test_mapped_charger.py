@@ -439,6 +439,24 @@ async def test_the_timeout_itself_is_what_feeds_some_timers():
         await charger.close()
 
 
+async def test_a_device_that_refuses_to_fall_back_to_zero_says_so(tmp_path):
+    """Would catch an installer left alone with "exception 3" by a CHARX whose fallback takes 6 to 80 A only."""
+    name = variant(
+        "phoenix_charx_sec",
+        tmp_path,
+        ('address = 1306\ntype = "u16"', 'address = 1306\ntype = "u16"\nzero = "forbidden"\nrange = ["6 A"]'),
+    )
+    async with Simulator(simulated(name)) as simulator:
+        charger = await open_charger(ChargerConfig(map="phoenix_charx_sec", wire=simulator.wire))
+        with pytest.raises(
+            BridgeError, match=r"failsafe_not_armed.*refuses to fall back to 0.*external_cut_off"
+        ):
+            await charger.arm(5)
+        with pytest.raises(BridgeError, match="not_armed"):
+            await charger.set_limit(current_ma=6_000)
+        await charger.close()
+
+
 async def test_a_device_with_a_named_cut_off_is_not_asked_to_fall_back():
     """Would catch a box that refuses a fallback of 0 A and so could not be used even behind a watchdog contactor."""
     async with Simulator(simulated("phoenix_charx_sec")) as simulator:
