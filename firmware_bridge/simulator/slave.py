@@ -339,7 +339,8 @@ class SerialSlave:
     def _readable(self) -> None:
         if self._flush is not None:
             self._flush.cancel()
-        self._heard = (self._heard + os.read(self._fd, _FRAME_BYTES_MAX))[-2 * _FRAME_BYTES_MAX :]
+        with contextlib.suppress(BlockingIOError):  # woken for nothing
+            self._heard = (self._heard + os.read(self._fd, _FRAME_BYTES_MAX))[-2 * _FRAME_BYTES_MAX :]
         while (length := request_length(self._heard)) and len(self._heard) >= length:
             frame, self._heard = self._heard[:length], self._heard[length:]
             if not self._take(frame):
