@@ -302,11 +302,15 @@ class Walk:
         )
 
     def withdraw(self) -> None:
-        """All, some, too much; also to nobody."""
+        """All, some, too much; also to nobody; and a hot key that wants its car's money."""
         sender = self.person()
         mine = self.model.ledger.get(sender.address, 0)
         amount = mine + 1 if self.spoilt() else self.random.choice([0, mine, mine // 3])
         to = bytes(20) if self.spoilt() else self.person().address
+        trusting = [who for who, (operator, _) in self.model.operators.items() if operator != bytes(20)]
+        if trusting and self.random.random() < 0.4:
+            to = self.random.choice(trusting)
+            sender, amount = self.actor(self.model.operators[to][0]), self.model.ledger.get(to, 0)
         data = c.encode_withdraw(amount, Address(to))
         self.both("withdraw", sender, data, 0, lambda _: self.model.withdraw(sender.address, amount, to))
 
