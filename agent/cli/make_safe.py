@@ -3,7 +3,8 @@
 Rules
 * It needs a settings file whose `[[ports]]` are right, and nothing else: no journal (and so not its lock), chain or key, and no
   other table of the file. Whoever broke the agent must not have broken this too.
-* Stop first, look afterwards. What still flows then is locked, as firmly as the device can.
+* Stop first, look afterwards. What still flows then is locked, as firmly as the device can, and cut off where the settings
+  name a program for that.
 * It ends in time, whatever the wires do: systemd waits for it before it starts the agent again. All ports at once, each as often
   as fits, because a charger may keep a dead agent's connection for seconds before it takes ours.
 
@@ -30,6 +31,7 @@ from firmware_bridge.opening import open_to_stop
 SECONDS_MAX: Final = 9.0  # and one to let go of the wire
 AGAIN_S: Final = 0.25  # between two looks; the wire's own time-outs come on top
 LOCK_AFTER_S: Final = 3.0  # as the core has it: what flows for longer did not obey
+NOT_SEEN_OPEN: Final = Refused("not_seen_open", "it was told to stop, and locked, and is not seen open")
 BREAKER: Final = (
     "its own failsafe opens it if the agent had armed that; make sure, or open the breaker by hand"
 )
@@ -65,11 +67,9 @@ def _told(failed: Mapping[str, AgentError]) -> AgentError:
 
 async def _made_safe(port: PortConfig, buses: Buses) -> AgentError | None:
     """Stop this port until it is seen open: then None. Else, after SECONDS_MAX, what was the matter at last."""
-    config = ChargerConfig(
-        map=port.map, wire=port.wire, device_id=port.device_id, external_cut_off=port.external_cut_off
-    )
+    config = ChargerConfig.model_validate(port.charger_settings() | {"meter": None})
     problem: AgentError = Transient("it did not answer")
-    charger, loop, firmly_at_s = None, asyncio.get_running_loop(), 0.0
+    charger, loop, firmly_at_s, cut_off = None, asyncio.get_running_loop(), 0.0, False
     until_s = loop.time() + SECONDS_MAX
     try:
         async with asyncio.timeout_at(until_s):
@@ -79,11 +79,13 @@ async def _made_safe(port: PortConfig, buses: Buses) -> AgentError | None:
                     if charger is None:
                         charger = await open_to_stop(config, buses)
                         firmly_at_s = loop.time() + LOCK_AFTER_S
-                    if await _is_stopped(charger, firmly=loop.time() > firmly_at_s):
+                    firmly = loop.time() > firmly_at_s
+                    if await _is_stopped(charger, firmly=firmly):
                         return None
-                    problem = Refused(
-                        "not_seen_open", "it was told to stop, and locked, and is not seen open"
-                    )
+                    problem = NOT_SEEN_OPEN
+                    if firmly and not cut_off:
+                        cut_off = True
+                        await charger.cut_off()
                 except BridgeError as error:
                     problem = said_by_charger(error)
                 except MapError as error:

@@ -75,6 +75,18 @@ async def test_chargers_that_were_left_delivering_are_seen_open(tmp_path):
             assert not truth.locked  # it obeyed
 
 
+async def test_what_is_not_seen_open_is_cut_off_once(tmp_path, impatient):
+    """Would catch a welded contactor whose named cut-off is never tried, or tried again and again."""
+    async with delivering(replace(QUICK, contactor_stuck=True)) as simulator:
+        cut = tmp_path / "cut"
+        opened = [sys.executable, "-c", f"open({str(cut)!r}, 'a').write('x')"]
+        file = settings(tmp_path, simulator.wire)
+        file.write_text(file.read_text() + f'external_cut_off = "K1"\ncut_off_command = {opened}\n')
+        with pytest.raises(Refused, match="not seen open"):
+            await make_safe.make_all_safe(file, {})
+        assert cut.read_text() == "x"
+
+
 async def test_an_openevse_that_began_by_itself_is_stopped_too(tmp_path):
     """Would catch a serial charger that only the Modbus driver is asked to stop; this one charges by itself after a power cut."""
     async with RapiSimulator(RapiSimulatorConfig(str(tmp_path / "tty"), plant=single_phase(QUICK))) as box:
