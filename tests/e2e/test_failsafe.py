@@ -123,19 +123,28 @@ def test_a_charger_that_ignores_the_stop_is_locked(stage):
     assert moved_mwh > 8_500, "it must have ignored the stop, or this shows nothing"
 
 
-def test_a_contactor_that_sticks_is_cut_off_and_its_port_locked_out(stage):
-    """Would catch a welded contactor that is sold from again, and a consumer who is left without a settlement by it."""
-    welded = "[[fault]]\nafter_wh = 2\nplant = 'contactor_stuck'\n"
+def test_a_welded_contactor_is_cut_off_from_outside_and_its_port_locked_out(stage):
+    """Would catch a cut-off that is named and never run, a welded contactor that is sold from again, and a consumer who is
+    left without a settlement by it.
+    """
+    welded = "".join(
+        f"[[fault]]\nafter_wh = 2\nplant = '{what}'\n" for what in ("contactor_stuck", "car_deaf")
+    )
     charger = stage.charger(*scenario(stage, welded))
-    agent = stage.agent(charger, POLICY__STOP_DEADLINE_S=7).started()
+    breaker = f"['kill', '-USR1', '{charger.process.pid}']"
+    settings = {"PORTS__0__EXTERNAL_CUT_OFF": "K1", "PORTS__0__CUT_OFF_COMMAND": breaker}
+    agent = stage.agent(charger, POLICY__STOP_DEADLINE_S=9, **settings).started()
     buying = buys(stage, agent, 8, 1)
 
     session = settled(stage, agent, buying)
+    assert session.energy_wh_delivered == 8
     assert session.end_seen_open is False
-    assert charger.truth["contactor_closed"]
-    assert charger.truth["power_w"] == 0, "the car obeyed, the relay did not"
-    assert list(agent.book().locked_ports) == ["left"]
+    assert was_locked(stage), "tried first, in vain"
     assert "charger.cut_off" in agent.events()
+    assert charger.truth["contactor_closed"], "neither lock nor failsafe opens a weld"
+    assert charger.truth["failsafe_tripped"]
+    assert charger.truth["power_w"] == 0, "the breaker did"
+    assert list(agent.book().locked_ports) == ["left"]
 
 
 def test_a_box_that_charges_while_disabled_is_locked_without_any_session(stage):
