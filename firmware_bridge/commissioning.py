@@ -386,7 +386,9 @@ class Commissioning:
             return f"{what}open, {reading.power_w} W"
         if self.subject.cut_off is not None:
             return f"{what}{reading.power_w} W go on; only {self.subject.cut_off} stops it"
-        raise Failed(f"{what}{reading.power_w} W still flow: its failsafe does not work")
+        raise Failed(
+            f"{what}{reading.power_w} W still flow: its failsafe does not work; is it set in the device?"
+        )
 
     async def _flow_again(self, offered_ma: int, floor_w: int) -> Reading:
         await self.charger.arm(self.subject.failsafe_timeout_s)
