@@ -277,6 +277,10 @@ class MeterConfig(Section):
     map: str = Field(min_length=1, max_length=64, description="The meter's device map")
     wire: Wire | None = Field(None, description="Its wire; the charger's own unless given")
     device_id: int | None = Field(None, ge=0, le=255, description="Modbus device id; the map's unless given")
+    direction: Literal["import", "export"] | None = Field(
+        None,
+        description="Which of its registers grows while energy is sold; the map's unless wired the other way round",
+    )
 
 
 class PortConfig(Section):
