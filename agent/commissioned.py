@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from agent.errors import Misconfigured
+from agent.errors import Misconfigured, Transient
 
 FORMAT: Final = "v2v-commissioning/1"
+WHO: Final = ("serial", "firmware")  # of the identity, what makes it this very device
 FILE_BYTES_MAX: Final = 65_536  # a report is a page; a log given by mistake must not be read to its end
 
 
@@ -57,7 +58,9 @@ def require_commissioned(
     identity: Mapping[str, str],
     signer: MeterSigner,
 ) -> None:
-    """Returns when the report at `path` proves this port. Raises Misconfigured naming what is missing or differs."""
+    """Returns when the report at `path` proves this port. Raises Misconfigured naming what is missing or differs, and Transient
+    for a device that has told who it is and now does not.
+    """
     remedy = f"commission it, with a car plugged in: v2v charger commission --config FILE --port {port}"
     if path is None:
         raise Misconfigured(
@@ -113,7 +116,12 @@ def _objection(
     other = [key for key, value in installed.items() if was.get(key) != value]
     if other:
         return "; ".join(f"{key} was {was.get(key)!r} and is {installed[key]!r}" for key in other)
-    other = [key for key in ("serial", "firmware") if seen.get(key) != identity.get(key)]
+    silent = [key for key in WHO if seen.get(key) and not identity.get(key)]
+    if silent:
+        raise Transient(
+            f"the device did not tell its {' and '.join(silent)} just now", remedy="asking it again"
+        )
+    other = [key for key in WHO if seen.get(key) != identity.get(key)]
     return "; ".join(
         f"the device's {key} was {seen.get(key)!r} and is {identity.get(key)!r}" for key in other
     )

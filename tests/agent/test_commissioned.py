@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent import commissioned
 from agent.commissioned import require_commissioned, signed
-from agent.errors import Misconfigured
+from agent.errors import Misconfigured, Transient
 from agent.keys import ephemeral_meter_signer
 
 SIGNER = ephemeral_meter_signer(b"this installation")
@@ -84,6 +84,12 @@ def test_a_change_since_wants_another_commissioning(tmp_path, changes, words):
     """Would catch a firmware that counts in other units since its update (KEBA did), or another device under the old report."""
     with pytest.raises(Misconfigured, match=words):
         asked(written(tmp_path, signed(REPORT, SIGNER)), **changes)
+
+
+def test_a_device_that_is_silent_just_now_is_asked_again(tmp_path):
+    """Would catch a glitch on the wire that leaves the unit failed until a human looks (exit 78)."""
+    with pytest.raises(Transient, match="did not tell its serial"):
+        asked(written(tmp_path, signed(REPORT, SIGNER)), identity=IDENTITY | {"serial": ""})
 
 
 def test_no_report_is_a_named_refusal_with_its_remedy(tmp_path):
