@@ -56,6 +56,19 @@ async def test_words_nobody_asked_for_make_the_bus_wait(kind):
             await bus.close()
 
 
+async def test_a_serial_frame_is_believed_only_after_its_silence():
+    """Would catch the first half of a longer answer taken for the whole: at 50 baud the silence lasts 0.77 s."""
+    async with FaultySlave("rtu") as slave:
+        bus = Bus(parse_wire(slave.wire.replace("baud=115200", "baud=50")), FAST)
+        await bus.open()
+        try:
+            slave.faults.append("tail")
+            assert await try_read(bus, 10, 2) == slave.holds(10, 2)
+            assert bus.rejected == 1, "the first answer went on"
+        finally:
+            await bus.close()
+
+
 async def test_a_transaction_without_number_is_not_ours():
     """Would catch pymodbus' leniency towards transaction 0, with which every late reply fits every question."""
     async with FaultySlave("tcp") as slave:
