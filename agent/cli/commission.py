@@ -65,10 +65,11 @@ def commission(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Try a charger: identity, mains, counter, command latency, failsafe.
+    """Try a charger, and sign what was found.
 
-    Writes a report signed with the meter's key, which the agent asks for where a device map is not confirmed well enough. Plug a
-    car in that wants to charge, and stop the agent first.
+    Identity, mains, counter, sign and scale, command latency, failsafe. Writes a report signed with the meter's key, which
+    the agent asks for where a device map is not confirmed well enough. Plug a car in that wants to charge, and stop the
+    agent first.
     """
     from agent.commissioned import signed
     from agent.config import load_installation

@@ -27,7 +27,10 @@ DEVICE_IDS_MAX = 247
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def ports(*, as_json: bool) -> None:
-    """Serial ports: lasting name, chip, driver, who holds it, and what to change."""
+    """List serial ports, and what to change.
+
+    Each with its lasting name, chip, driver, permissions, and who holds it.
+    """
     from dataclasses import asdict
 
     from firmware_bridge.ports import list_ports
@@ -86,7 +89,9 @@ def probe(
     *,
     as_json: bool,
 ) -> None:
-    """Find out who answers on WIRE, at which rate and parity, and which device map fits.
+    """Find out who answers on WIRE.
+
+    At which rate and parity, under which device id, and which device map fits.
 
     WIRE is tcp://HOST[:PORT], rtu+tcp://HOST[:PORT], rtu:///dev/serial/by-id/..., rapi:///dev/..., or only a port's path.
     Stop the agent first: one master per bus.
@@ -147,7 +152,10 @@ async def _probed(wire: str, search: Search, maps: list[Any], *, as_json: bool) 
 def watch(
     device_map: str, wire: str, device_id: int | None, every_s: float, count: int | None, *, as_json: bool
 ) -> None:
-    """Show what a device shows, again and again, whatever breaks meanwhile. Writes nothing."""
+    """Read a device again and again.
+
+    Whatever breaks meanwhile. Writes nothing.
+    """
     try:
         asyncio.run(_watch(device_map, wire, device_id, every_s, count, as_json=as_json))
     except MapError as exc:

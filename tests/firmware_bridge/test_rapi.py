@@ -70,6 +70,12 @@ def test_one_changed_byte_is_never_believed_as_another_reply(place, sequence, by
     assert parse(changed) in (None, right)
 
 
+@given(st.binary(max_size=200))
+def test_no_line_at_all_can_end_the_reader(line):
+    """Would catch a traceback in the reader of the port, which would leave the charger unheard."""
+    assert parse(line) is None or isinstance(parse(line), Reply | News)
+
+
 @given(st.integers(0, 200_000), st.integers(0, 200_000))
 def test_the_outer_bounds_are_always_ahead_and_never_far(session_wh, elapsed_s):
     """Would catch a bound that ends a sale in its middle, or one that lets a dead agent's charger go on for hours."""
