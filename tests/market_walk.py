@@ -77,7 +77,7 @@ class Walk:
             self.start_auction: (6, self.model.active and bool(self.free_cars())),
             self.place_bid: (10, bool(self.biddable())),
             self.place_bid_for: (5, bool(self.biddable())),
-            self.connect: (9, bool(self.connectable())),
+            self.connect: (9, bool(self.connectable() or self.hopeless())),
             self.consumer_ends: (6, bool(self.model.sessions)),
             self.provider_ends: (3, bool(self.model.sessions)),
             self.submit_receipt: (6, bool(self.model.sessions)),
@@ -90,8 +90,8 @@ class Walk:
             self.registry: (2, True),
             self.change_status: (1 if self.model.active else 6, True),
         }
-        hopeless = self.spoilt()
-        return {action: weight for action, (weight, possible) in wishes.items() if possible or hopeless}
+        anyway = self.spoilt()
+        return {action: weight for action, (weight, possible) in wishes.items() if possible or anyway}
 
     def free_cars(self) -> list[Actor]:
         """EVs without an auction."""
@@ -114,6 +114,11 @@ class Walk:
             for who, a in self.model.auctions.items()
             if self.model.active and a.rate and soon <= a.closing + window and {who, a.provider} <= evs.keys()
         ]
+
+    def hopeless(self) -> list[bytes]:
+        """Consumers whose auction has a bid, but a party of it was removed."""
+        evs = self.model.evs.keys()
+        return [who for who, a in self.model.auctions.items() if a.rate and not {who, a.provider} <= evs]
 
     def both(
         self, name: str, sender: Actor, data: bytes, value: int, model_call: Callable[[int], Any]
@@ -439,7 +444,10 @@ class Walk:
 
     def connect(self) -> None:
         """With the winner, around both ends of the window."""
-        consumer, a = self.auction(self.connectable())
+        hopeless = self.hopeless()
+        consumer, a = self.auction(
+            hopeless if hopeless and self.random.random() < 0.4 else self.connectable()
+        )
         provider, energy = self.person().address, 1
         if a:
             connect_by = a.closing + self.market.parameters.connect_window_s
