@@ -90,7 +90,7 @@ class Journal:
             for row in db.execute(f"SELECT {_ROW} FROM events ORDER BY seq").fetchall():  # noqa: S608 - ours
                 event = self._rows.fact(ev.KINDS, row)
                 session_id = session_of(event)
-                if session_id in kept or isinstance(event, ev.PortUnlocked):
+                if session_id in kept or isinstance(event, ev.PortLocked | ev.PortUnlocked):
                     continue
                 if session_id is not None:
                     moved = (row[0], hex0x(session_id), *row[1:])

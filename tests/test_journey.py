@@ -47,6 +47,7 @@ def test_the_page_names_only_events_that_exist_and_all_that_matter():
         "BlocksScanned",  # a cursor
         "ConnectedFinal",  # lifts a cap, no step
         "SettlementReverted",  # beside the way: signed again
+        "PortLocked",  # no session's
         "PortUnlocked",
         "SessionLapsed",
     }

@@ -123,6 +123,8 @@ def _routed(book: Book, event: Event) -> Book:
             return replace(book, scanned_number=event.block_number, scanned_hash=event.block_hash)
         case ev.TokenPresented() if book.awaits_belief(event.session_id):
             return _presented_early(book, event)
+        case ev.PortLocked():
+            return _port_locked(book, event)
         case ev.PortUnlocked():
             return _port_unlocked(book, event)
         case ev.HistoryFolded():
@@ -205,6 +207,13 @@ def _presented_early(book: Book, event: ev.TokenPresented) -> Book:
     return replace(book, early={**book.early, event.session_id: event.presentation})
 
 
+def _port_locked(book: Book, event: ev.PortLocked) -> Book:
+    if event.port in book.locked_ports:
+        return book
+    why = "power flowed that no session had asked for"
+    return replace(book, locked_ports={**book.locked_ports, event.port: why})
+
+
 def _port_unlocked(book: Book, event: ev.PortUnlocked) -> Book:
     if event.port not in book.locked_ports:
         return book
@@ -270,6 +279,10 @@ def due(book: Book, live: Live) -> Event | None:
         event = life.due(session, live, port_free=book.is_port_free(session.port, session))
         if event is not None and step(book, event) is not book:
             return event
+    for port in live.ports:
+        # Rule 8 without a session: locked only until it is seen open, it would be armed, unlocked, and begin again.
+        if port not in book.locked_ports and book.on_port(port) is None and live.charges_by_itself(port):
+            return ev.PortLocked(live.at_s, port)
     return None
 
 

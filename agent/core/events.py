@@ -236,6 +236,13 @@ class MeterRecordSigned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PortLocked(Event):
+    """Power flowed that no session had asked for: this port gives power to nobody until a human has looked at it."""
+
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
 class PortUnlocked(Event):
     """A human found the contactor in order again."""
 

@@ -67,6 +67,7 @@ class PortLive:
     offered: bool = (
         False  # power was offered when this was read: seen open or not, it proves no rest (rule 1)
     )
+    rested: bool = False  # seen open since power was last offered: what flows after that nobody asked for
     soc_sample: tuple[int, int] | None = None  # (at_ms, permille) of the newest sample that was looked at
     soc_agreed: tuple[int, int] | None = None  # the newest one that the sample before it agreed with
 
@@ -139,6 +140,11 @@ class Live:
             return None
         return agreed[1]
 
+    def charges_by_itself(self, port: str) -> bool:
+        """It was at rest, nobody offered power, and power flows against our stop for longer than a car takes to hear it."""
+        live = self.ports.get(port)
+        return live is not None and live.rested and live.held_ms >= self.policy.lock_after_s * 1000
+
     def held_ms(self, port: str) -> int:
         """For how long this port has been told to stop without being seen open."""
         return self.ports[port].held_ms if port in self.ports else 0
@@ -204,6 +210,7 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
                 update.at_target,
                 update.held_ms,
                 update.offered,
+                (before.rested or reading.seen_open) and not update.offered,
                 *_soc(before, reading),
             )
             return replace(live, ports={**live.ports, port: now})
@@ -234,7 +241,9 @@ def offered(live: Live, port: str) -> Live:
     """Live from the moment power is offered on `port`: what was read before proves no rest any more (rule 1)."""
     if port not in live.ports:
         return live
-    return replace(live, ports={**live.ports, port: replace(live.ports[port], previous=None, offered=True)})
+    return replace(
+        live, ports={**live.ports, port: replace(live.ports[port], previous=None, offered=True, rested=False)}
+    )
 
 
 def moved(live: Live, sid: SessionId, *, is_open: bool) -> Live:

@@ -472,6 +472,14 @@ def test_a_locked_port_stays_locked_and_an_unlocked_one_unlocked(path):
     journal.close()
 
 
+def test_a_port_locked_without_a_session_stays_locked_through_the_folding(path):
+    """Would catch a lock-out that housekeeping forgets: it belongs to no session that could be kept."""
+    journal = lived(path, [*evening(1), ev.PortLocked(T0 + 5, PORT)])
+    compacted(journal, days=9)
+    assert journal.replay().locked_ports.keys() == {PORT}
+    journal.close()
+
+
 def test_nothing_is_folded_while_anything_is_open_or_awaited():
     """Compaction takes milliseconds that belong to somebody's kWh, and a pending session's rows are needed."""
     assert folded(delivering().book, T0 + 10 * FOLD_AFTER_S) is None

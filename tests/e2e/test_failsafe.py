@@ -13,6 +13,7 @@ import pytest
 from stage import Stage, eventually, note
 
 from agent.chain import contract
+from agent.core import events as ev
 from agent.core.session import Stage as Life
 
 FAILSAFE_S = 2  # as the stage sets it
@@ -154,5 +155,11 @@ def test_a_box_that_charges_while_disabled_is_locked_without_any_session(stage):
 
     eventually(lambda: was_locked(stage), 40, "the box is locked")
     assert charger.truth["delivered_mwh"] > 0, "it must have charged, or this shows nothing"
+    eventually(lambda: agent.has_row(ev.PortLocked), 10, "the port is locked out")
+    row_at_ms = charger.truth["at_ms"]
+    eventually(lambda: charger.truth["at_ms"] > row_at_ms + 1_000, 10, "the lock is written, too")
     eventually(charger.is_at_zero, 10, "locked, it is at zero")
+    locked = charger.truth
+    eventually(lambda: charger.truth["at_ms"] > locked["at_ms"] + 5_000, 30, "five seconds pass")
+    assert charger.truth["delivered_mwh"] == locked["delivered_mwh"], "it was unlocked, and began again"
     assert agent.is_running

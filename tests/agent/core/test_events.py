@@ -26,6 +26,7 @@ PINNED = {
     "StopDecided": "at_s session_id stop_reason detail",
     "DeliveryEnded": "at_s session_id register_mwh_end seen_open",
     "MeterRecordSigned": "at_s session_id moment ocmf",
+    "PortLocked": "at_s port",
     "PortUnlocked": "at_s port",
     "SettlementSigned": (
         "at_s session_id energy_wh_settled nonce tx_hash raw_tx max_fee_per_gas_wei max_priority_fee_per_gas_wei"

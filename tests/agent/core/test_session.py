@@ -784,6 +784,34 @@ def test_rule_8_a_locked_port_delivers_to_nobody_until_a_human_unlocks_it():
     assert story.delivering
 
 
+def test_rule_8_a_box_that_charges_by_itself_is_locked_out_until_a_human_unlocks_it():
+    """Locked only until it was seen open, it was armed, and so unlocked, and charged again: 125 Wh in 25 s to nobody."""
+    story = Story() >> head() >> passes(3)
+    story.outlet.welded = story.outlet.closed = True  # nobody offered anything
+    story.passes(3)
+    assert PORT in story.book.locked_ports
+    story.outlet.welded = False
+    story.passes(60)
+    assert story.on_port() == Hold(PORT, Firmness.LOCK), "also when it is open again: arming would unlock it"
+    story.restarts().passes(5)
+    assert story.on_port() == Hold(PORT, Firmness.LOCK)
+    story = (story >> ev.PortUnlocked(story.at_s, PORT)).passes(3)
+    assert story.on_port() == Hold(PORT)
+    assert story.kinds == ["PortLocked", "PortUnlocked"]
+
+
+def test_rule_8_a_car_that_ramps_down_is_not_called_a_box_that_charges_by_itself():
+    """A new agent finds a charger at work (another one's, or its own before the journal was lost): it was not at rest yet."""
+    story = Story()
+    story.outlet.welded = story.outlet.closed = True
+    story.passes(20)
+    assert story.on_port() == Hold(PORT, Firmness.CUT_OFF)
+    story.outlet.welded = False
+    story.passes(5)
+    assert not story.book.locked_ports
+    assert story.on_port() == Hold(PORT)
+
+
 def test_rule_8_a_silent_charger_ends_by_power_loss_and_still_settles():
     """The bus is cut while energy flows: its own failsafe opens it, we end with the last register we verified."""
     story = delivering(signing=True).passes(10)
