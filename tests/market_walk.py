@@ -382,10 +382,13 @@ class Walk:
         rate, nonce, needed = self.offer(consumer, a)
         if operator == bytes(20) or (limit < needed and self.random.random() < 0.5):
             operator = self.market.hot_key.address
-            named = c.encode_set_operator(Address(operator), 10**19)
+            trust = (
+                max(needed, 1) - 1 if self.random.random() < 0.3 else 10**19
+            )  # a wei too little, or enough
+            named = c.encode_set_operator(Address(operator), trust)
             self.both(
                 "setOperator", provider, named, 0,
-                lambda _: self.model.set_operator(provider.address, operator, 10**19),
+                lambda _: self.model.set_operator(provider.address, operator, trust),
             )  # fmt: skip
         if self.model.ledger.get(provider.address, 0) < needed and not self.spoilt():
             self.both(
