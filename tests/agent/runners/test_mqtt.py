@@ -266,8 +266,10 @@ async def test_silent_broker_is_a_broken_connection(plug, monkeypatch):
     """Would catch waiting for ever on a half-open link: connected, subscribed, and nothing is acknowledged any more."""
     monkeypatch.setattr(mqtt, "PUBACK_WAIT_S", 0.3)
     connected = asyncio.Semaphore(0)
+    visits = []
 
     async def silent_broker(reader, writer):
+        visits.append(asyncio.current_task())
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 kind, length = await reader.readexactly(2)
@@ -284,12 +286,15 @@ async def test_silent_broker_is_a_broken_connection(plug, monkeypatch):
                 elif kind >> 4 == 8:
                     writer.write(b"\x90\x03" + body[:2] + b"\x01")  # SUBACK
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(silent_broker, "127.0.0.1", 0)
     async with server, carried(plug, server.sockets[0].getsockname()[1]):
         async with asyncio.timeout(15):
             await connected.acquire()
             await connected.acquire()  # it gave the first connection up and came again
+    await asyncio.gather(*visits)
 
 
 # ---- hostile visitors
