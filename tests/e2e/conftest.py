@@ -11,7 +11,7 @@ def pytest_sessionfinish(session):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):  # noqa: ARG001 - xdist names them
+def pytest_testnodedown(node, error):
     """Such a process has ended; one that died has nothing to hand over."""
     NOTES.extend(getattr(node, "workeroutput", {}).get("notes", []))
 
