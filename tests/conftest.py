@@ -17,6 +17,9 @@ settings.register_profile(
 )
 
 
+LONG_TIMEOUT_S = 1_800  # two thousand examples instead of a handful
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--long`, which `./run test --long` passes on."""
     parser.addoption(
@@ -35,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is marked `long`, saying how to run it."""
     if config.getoption("--long"):
+        for item in items:
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
         return
     for item in items:
         if item.get_closest_marker("long"):
