@@ -290,7 +290,8 @@ def _decrypted(source: str, keystore: _Hidden, password: _Hidden) -> _Hidden:
     try:
         return _Hidden(bytes(Account.decrypt(keystore.reveal().decode(), password.reveal().decode())))
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        # `from None`: the libraries' frames hold the password. A wrong password is a MAC that does not fit.
+        # `from None`: the libraries' frames hold the password. A wrong password is a MAC that does not fit;
+        # NotImplementedError is how eth_keyfile calls a version, cipher or derivation that it does not know.
         fits = "MAC" not in str(error)
     what = "is no keystore of version 3" if fits else "does not open with this password"
     raise Misconfigured(

@@ -67,14 +67,22 @@ class Limits:
     counter_step_mwh: int  # one step of the energy counter
     poll_interval_ms: int  # the fastest hot poll the device and its wire allow
 
+    def current_ma(self, current_ma: int | None, power_w: int | None) -> int:
+        """What was asked for, as a current per phase within what is possible (rounded down). ValueError unless one is given."""
+        if (current_ma is None) == (power_w is None):
+            raise ValueError("give current_ma or power_w")
+        if current_ma is None:
+            current_ma = (power_w or 0) * 1_000_000 // (self.voltage_mv * self.phase_count)
+        return max(0, min(current_ma, self.current_ma_max))
+
 
 class BridgeError(Exception):
     """The wire or the device failed; the message says what to do.
 
     `name` is stable. The wire: `unreachable`, `port_missing`, `port_denied`, `port_locked`, `port_refused`,
     `unplugged`, `timeout`, `wrong_reply`, `exception_N` (the device's own refusal), `bus_busy`, `bus_noisy`,
-    `closed`. The charger: `not_armed`, `failsafe_not_armed`, `limit_out_of_range`, `limit_refused`,
-    `hold_not_obeyed`, `cut_off_failed`.
+    `closed`. The device: `wrong_setting`, `model_missing`. The charger: `not_armed`, `failsafe_not_armed`,
+    `limit_out_of_range`, `limit_refused`, `hold_not_obeyed`, `cut_off_failed`.
     """
 
     def __init__(self, name: str, message: str = "") -> None:

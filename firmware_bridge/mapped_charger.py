@@ -378,7 +378,7 @@ class MappedCharger:
 
         Raises BridgeError `not_armed`, `limit_out_of_range` (below the device's minimum) and the wire's own.
         """
-        wanted_ma = self._as_current(current_ma, power_w)
+        wanted_ma = self.limits.current_ma(current_ma, power_w)
         if wanted_ma == 0:
             await self.hold()
             return
@@ -404,13 +404,6 @@ class MappedCharger:
         except BridgeError:
             self._written.clear()
             raise
-
-    def _as_current(self, current_ma: int | None, power_w: int | None) -> int:
-        if (current_ma is None) == (power_w is None):
-            raise ValueError("give current_ma or power_w")
-        if current_ma is None:
-            current_ma = (power_w or 0) * 1_000_000 // (self.limits.voltage_mv * self.limits.phase_count)
-        return max(0, min(current_ma, self.limits.current_ma_max))
 
     def _as_power_w(self, current_ma: int) -> int:
         power_w = current_ma * self.limits.voltage_mv * self.limits.phase_count // 1_000_000

@@ -430,7 +430,7 @@ class RapiCharger:
         Raises BridgeError `not_armed` (also after a missed heartbeat or a reboot), `limit_out_of_range`, `limit_refused` and
         the line's own.
         """
-        wanted_ma = self._as_current(current_ma, power_w)
+        wanted_ma = self.limits.current_ma(current_ma, power_w)
         if wanted_ma == 0:
             await self.hold()
             return
@@ -452,13 +452,6 @@ class RapiCharger:
         except BridgeError:
             self._amps, self._enabled, self._bounds = None, False, None
             raise
-
-    def _as_current(self, current_ma: int | None, power_w: int | None) -> int:
-        if (current_ma is None) == (power_w is None):
-            raise ValueError("give current_ma or power_w")
-        if current_ma is None:
-            current_ma = (power_w or 0) * 1_000_000 // (self.limits.voltage_mv * self.limits.phase_count)
-        return max(0, min(current_ma, self.limits.current_ma_max))
 
     async def _feed(self) -> None:
         assert self._armed_ms is not None

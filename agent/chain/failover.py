@@ -124,7 +124,9 @@ class FailoverNode:
     # ---- which chain, which block
 
     async def chain_id(self) -> int:
-        """Ours: a node that says another is not asked."""
+        """Ours, asked anew: a node behind whose address another chain has appeared is left, not believed."""
+        for endpoint in self._endpoints:
+            endpoint.is_checked = False
         return await self._ask(lambda node: node.chain_id())
 
     async def genesis_hash(self) -> BlockHash:

@@ -137,8 +137,7 @@ class ChainSend:
             return  # mined: the watcher tells the rest
         since_s = sent.since_s if sent is not None and sent.tx_hash == effect.tx_hash else self._engine.at_s
         self._sent[effect.session_id] = _Sent(effect.tx_hash, since_s, header.number)
-        if self._engine.at_s - since_s >= REPLACE_AFTER_S:
-            await self._replace(effect.session_id)
+        if self._engine.at_s - since_s >= REPLACE_AFTER_S and await self._is_replaced(effect.session_id):
             return
         try:
             await self._sender.broadcast(effect.raw_tx)
@@ -182,6 +181,17 @@ class ChainSend:
         while gap in taken:  # at most one more than we have sessions
             gap += 1
         return gap if gap < nonce else None
+
+    async def _is_replaced(self, session_id: SessionId) -> bool:
+        """Pay more. False when more is not worth it: then the old bytes are said again, for a pool may have lost them."""
+        try:
+            await self._replace(session_id)
+        except Refused as refusal:
+            if refusal.reason != "fee_cap":
+                raise
+            log.warning("settlement.not_replaced", session=short(session_id), error=str(refusal))
+            return False
+        return True
 
     async def _replace(self, session_id: SessionId) -> None:
         session = self._engine.book.sessions[session_id]

@@ -155,6 +155,15 @@ async def test_a_node_of_another_chain_is_named_and_never_believed(wrong):
     assert (await scene.node.head()).number == 100
 
 
+async def test_a_chain_that_changes_behind_an_address_is_left_for_the_other_node():
+    """Would catch a daemon that ends as misconfigured because one of its two nodes was moved to another chain."""
+    scene = Scene()
+    await scene.node.head()
+    scene.first.its_chain_id, scene.first.height = 8, 999
+    assert await scene.node.chain_id() == CHAIN_ID
+    assert (await scene.node.head()).number == 100
+
+
 async def test_only_nodes_of_another_chain_are_the_owners_mistake():
     """Would catch a daemon that waits for ever on a wrong chain id."""
     with pytest.raises(Misconfigured, match="first serves chain 8"):

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from bazaar import Bazaar
@@ -173,6 +174,28 @@ async def test_a_slow_settlement_is_replaced_with_the_same_nonce_and_higher_fees
         bazaar.net.mine()
         (settled,) = await one.settlements()
         assert settled.tx_hash == second.tx_hash
+
+
+async def test_a_settlement_that_is_not_worth_a_higher_fee_is_said_again_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a payment lost for good: the pool forgot it, and what a replacement costs is above its worth."""
+    async with Bazaar(tmp_path) as bazaar:
+        one = await desk(bazaar)
+        runner = one.sends()
+        await runner.do_owed()  # signed and on disk, and in no pool
+        monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
+        monkeypatch.setattr(runner._sender, "broadcast", AsyncMock())
+        await runner.do_owed()
+        runner._sender.broadcast.assert_awaited_once()  # type: ignore[attr-defined]
+        monkeypatch.undo()
+        monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
+        bazaar.net.mine()
+        await one.look_at_head()
+        bazaar.now_ms += REPLACE_AFTER_S * 1000
+        one.engine.observe(Beat())
+        await runner.do_owed()
+        assert len(await one.settlements()) == 1
 
 
 async def test_a_nonce_used_by_somebody_else_is_signed_anew(tmp_path: Path) -> None:
