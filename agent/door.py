@@ -245,30 +245,20 @@ class Door:
     ) -> Presentation:
         """The presentation, if the session's consumer signed it. Raises Refused(bad_signature | wrong_signer | malformed)."""
         signature = rules.normalised(message.signature)
-        bound = rules.challenge(hello.typed, message.consumer_nonce)
-        if message.scheme == "eip712":
-            if message.session_key != ZERO_ADDRESS and message.max_energy_wh == 0:
-                raise Refused("malformed", "a session key needs an energy limit above 0")
-            signed_digest = rules.digest(
-                self._domain,
-                rules.PresentToken(
-                    message.token,
-                    message.session_id,
-                    self._provider,
-                    message.session_key,
-                    message.max_energy_wh,
-                    message.valid_until_s,
-                    bound,
-                ),
-            )
-        else:
-            if message.session_key != ZERO_ADDRESS:
-                raise Refused("malformed", "personal_sign cannot grant a session key")
-            signed_digest = rules.token_digest_eip191(message.token)
         public_key = rules.parsed_public_key(message.public_key)
         if rules.address_of(public_key) != terms.consumer:
             raise Refused("wrong_signer", "the public key is not this session's consumer")
-        if rules.recover_public_key(signed_digest, signature) != public_key:
+        bound = rules.challenge(hello.typed, message.consumer_nonce)
+        grant = rules.PresentToken(
+            message.token,
+            message.session_id,
+            self._provider,
+            message.session_key,
+            message.max_energy_wh,
+            message.valid_until_s,
+            bound,
+        )
+        if rules.presentation_key(self._domain, message.scheme, grant, signature) != public_key:
             raise Refused("wrong_signer", "the signature is not by this session's consumer")
         return Presentation(
             sref,

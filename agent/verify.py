@@ -30,7 +30,7 @@ from agent.core import token as rules
 from agent.core.book import Book, step
 from agent.core.events import Event
 from agent.core.session import Session, Stage
-from agent.core.token import ZERO_ADDRESS, Domain
+from agent.core.token import Domain
 from agent.core.units import MWH_PER_WH, Address, cost_wei_floor, hex0x
 from agent.errors import Refused
 from agent.evidence import canonical, digest, evidence
@@ -198,25 +198,17 @@ def _presentation(told: _Told) -> str:
 
 def _presented(told: _Told, given: ev.Presentation) -> None:
     terms = told.session.terms
-    if given.scheme == "eip191":
-        _demand(given.session_key == ZERO_ADDRESS, "personal_sign grants no session key")
-        signed = rules.token_digest_eip191(given.token)
-    else:
-        signed = rules.digest(
-            told.domain,
-            rules.PresentToken(
-                given.token,
-                terms.session_id,
-                told.provider,
-                given.session_key,
-                given.max_energy_wh,
-                given.valid_until_s,
-                given.challenge,
-            ),
-        )
-    _demand(
-        rules.recover(signed, given.signature) == terms.consumer, "the token was not signed by the consumer"
+    grant = rules.PresentToken(
+        given.token,
+        terms.session_id,
+        told.provider,
+        given.session_key,
+        given.max_energy_wh,
+        given.valid_until_s,
+        given.challenge,
     )
+    signer = rules.address_of(rules.presentation_key(told.domain, given.scheme, grant, given.signature))
+    _demand(signer == terms.consumer, "the token was not signed by the consumer")
 
 
 def _receipts(told: _Told) -> str:

@@ -161,8 +161,8 @@ SLIPS = (
     Slip(
         "rule_5_wrong_signer_is_taken",
         "agent/door.py",
-        "if rules.recover_public_key(signed_digest, signature) != public_key:",
-        "if rules.recover_public_key(signed_digest, signature) == b'':",
+        "if rules.presentation_key(self._domain, message.scheme, grant, signature) != public_key:",
+        "if rules.presentation_key(self._domain, message.scheme, grant, signature) == b'':",
         OF_DOOR + "wrong_signer",
     ),
     Slip(

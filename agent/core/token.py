@@ -274,6 +274,21 @@ def parsed_public_key(encoded: bytes) -> bytes:
         raise Refused("malformed", "the public key is not a point of secp256k1") from error
 
 
+def presentation_key(domain: Domain, scheme: str, grant: PresentToken, signature: bytes) -> bytes:
+    """The public key (65 bytes) that signed a presented token, in either scheme of PROTOCOL section 3.
+
+    Door, journal and verifier ask only this; whose key it must be is theirs to know. Raises Refused: `malformed` (a grant
+    that this scheme cannot make, or one for nothing), `bad_signature`.
+    """
+    if scheme == "eip191":
+        if grant.session_key != ZERO_ADDRESS:
+            raise Refused("malformed", "personal_sign cannot grant a session key")
+        return recover_public_key(token_digest_eip191(grant.token), signature)
+    if grant.session_key != ZERO_ADDRESS and grant.max_energy_wh == 0:
+        raise Refused("malformed", "a session key needs an energy limit above 0")
+    return recover_public_key(digest(domain, grant), signature)
+
+
 def receipt_signer(
     domain: Domain,
     ack: Ack,
