@@ -3,6 +3,7 @@ leave here.
 
 Rules
 * A `Signer` shows its address and nothing else: not in repr, pickle, copy, exception or a traceback's locals.
+* Before the first private byte this process is shut: no core file, no debugger, no reader of its memory but root.
 * Files are refused unless only their owner can read them. The environment and the settings are no place for a
   key: both are seen by every child, in crash reports and in backups.
 * Signatures are the contract's canonical form (65 bytes, v 27/28, low s), deterministic (RFC 6979): the same
@@ -16,10 +17,12 @@ functions that need it do.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
+import resource
 import secrets
 import ssl
 import stat
@@ -37,6 +40,7 @@ MAX_FILE_BYTES = (
     16_384  # a keystore has about 500; a device or a log given by mistake must not be read to its end
 )
 CREDENTIALS = "CREDENTIALS_DIRECTORY"
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 # SubjectPublicKeyInfo of an uncompressed secp256k1 key, up to the key (RFC 5480, SEC 2: OID 1.3.132.0.10).
 _SPKI_HEAD = bytes.fromhex("3056301006072a8648ce3d020106052b8104000a034200")
@@ -125,6 +129,21 @@ def spki(public_key: bytes) -> bytes:
 # keys
 
 
+def shut_process() -> None:
+    """Let nobody but root see this process's memory, alive or dead: no core file, no ptrace, no /proc/PID/mem.
+
+    Every function here that reads or makes a private key calls it first; twice does no harm. It lasts until the end
+    (the limit cannot be raised again) and does not reach programs that we start. Raises `Misconfigured` where the
+    kernel says no. Linux: prctl(2), setrlimit(2), core(5).
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise Misconfigured(
+            f"the memory of this process cannot be shut ({os.strerror(ctypes.get_errno())}), so no key is read",
+            remedy="allow prctl(2) in the sandbox that we run in",
+        )
+
+
 def load_signer(
     source: str, password_source: str | None = None, *, environ: Mapping[str, str] = os.environ
 ) -> Signer:
@@ -211,11 +230,13 @@ def new_key(path: Path, *, password: str | None = None) -> Signer:
     Written whole or not at all, and never over an existing file: that key may hold money. Raises
     `Misconfigured`.
     """
+    shut_process()
     return _written(coincurve.PrivateKey(_random_scalar()), path, password)
 
 
 def typed_key(digits: str) -> Signer:
     """A key as somebody typed it, 64 hex digits. Raises `Misconfigured`, without them."""
+    shut_process()
     hidden = _Hidden(digits.encode())
     del digits
     return Signer(_private("what was typed", _from_hex("what was typed", hidden)))
@@ -314,6 +335,7 @@ def _load_password(source: str, environ: Mapping[str, str]) -> _Hidden:
 
 def _read_secret(source: str, environ: Mapping[str, str]) -> _Hidden:
     """What the credential or the file holds. A file must be its owner's alone; systemd guards its own."""
+    shut_process()
     path = _secret_path(source, environ)
     try:
         with path.open("rb") as file:

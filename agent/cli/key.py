@@ -34,6 +34,7 @@ KEY_FILE = click.argument("file", type=click.Path(dir_okay=False, path_type=Path
 @click.group()
 def key() -> None:
     """Key files: the owner's, the operator's and the meter's are three different keys."""
+    keys.shut_process()  # before anybody types one
 
 
 @key.command()

@@ -64,6 +64,11 @@ REFUSALS: dict[str, tuple[Callable[[str], str], type[Exception], str]] = {
         Misconfigured,
         "set-operator",
     ),
+    "the owner's own key in the car": (
+        lambda text: text.replace("alice-operator.key", "alice.key"),
+        Misconfigured,
+        "the owner's own",
+    ),
     "charger away": (
         lambda text: text.replace('wire = "tcp://', 'wire = "tcp://127.0.0.1:1" #'),
         Transient,

@@ -303,6 +303,57 @@ def test_ephemeral_keys_are_plain_hashes_of_their_seed():
     )
 
 
+# ---- a process that is shut
+
+
+SHUT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+{first}
+import ctypes
+print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # 3: PR_GET_DUMPABLE
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from agent.keys import load_signer; load_signer({key!r})",
+        "from agent.keys import load_meter_signer; load_meter_signer({key!r})",
+        "from agent.keys import new_key; from pathlib import Path; new_key(Path({key!r} + '.new'))",
+        "from agent.keys import typed_key; typed_key('{digits}')",
+        "from agent.keys import load_password; load_password({key!r})",
+        "from click.testing import CliRunner; from agent.cli.key import key; CliRunner().invoke(key, ['address', 'no'])",
+    ],
+    ids=["account", "meter", "new", "typed", "password", "command"],
+)
+def test_a_process_that_has_seen_a_secret_leaves_no_core_and_lets_nobody_look(tmp_path, first):
+    """Would catch a way to a private key that forgets to shut the process: a crash would write the key to the disk."""
+    path = private_file(tmp_path / "key", KEY)
+    code = SHUT.format(first=first.format(key=path, digits=KEY))
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "(0, 0) 0\n"
+    open_one = subprocess.run(
+        [sys.executable, "-c", SHUT.format(first="")], capture_output=True, text=True, check=True
+    )
+    assert open_one.stdout.endswith(" 1\n")  # silence above is an answer
+
+
+def test_a_kernel_that_keeps_processes_open_gets_no_key(tmp_path, monkeypatch):
+    """Would catch a sandbox in which the key is read all the same, and a core file with it."""
+    path = private_file(tmp_path / "key", KEY)
+
+    class Refusing:
+        def __init__(self, *_, **__):
+            pass
+
+        def prctl(self, *_):
+            return -1
+
+    monkeypatch.setattr("agent.keys.ctypes.CDLL", Refusing)
+    assert "cannot be shut" in refusal(path)
+
+
 # ---- certificates
 
 
