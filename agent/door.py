@@ -306,6 +306,8 @@ class Door:
             raise Refused("too_late", "the settlement is already signed")
         if message.delivered_wh > session.terms.energy_wh_ordered:
             raise Refused("over_order", "more than was ordered")
+        if message.delivered_wh > session.order_wh:  # said before the meter is asked: waiting would not help
+            raise Refused("over_grant", "more than the session key may sign for")
         if message.delivered_wh > self._delivered_wh(session):
             raise Refused("ahead_of_meter", "the meter does not show that much yet")
         ack = Ack(
