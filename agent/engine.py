@@ -16,8 +16,8 @@ from dataclasses import replace
 from agent.core import book as rules
 from agent.core.book import Book
 from agent.core.effects import Deliver, Effect
-from agent.core.events import DeliveryBegan, Event, StopDecided, StopReason
-from agent.core.live import Beat, Live, Policy, PortRead, Update, moved, observe, offered
+from agent.core.events import BidEnded, DeliveryBegan, Event, StopDecided, StopReason
+from agent.core.live import Beat, Live, Policy, PortRead, TransactionTried, Update, moved, observe, offered
 from agent.core.session import CLOSED, STOPPABLE
 from agent.core.units import SessionId
 from agent.journal import Journal
@@ -68,6 +68,8 @@ class Engine:
 
     def _follow(self, event: Event, before: Book) -> None:
         """What an event means for Live: where a wait begins, and that power is offered from here on."""
+        if isinstance(event, BidEnded):
+            self.live = observe(self.live, TransactionTried(event.bid_id, None), self.live.now_ms)
         sid: SessionId | None = getattr(event, "session_id", None)
         session = None if sid is None else self.book.sessions.get(sid)
         if sid is None or session is None:
@@ -92,7 +94,7 @@ class Engine:
         else:
             raise AssertionError(f"events stay due: {event}")
         self.beat_at_ms = self.live.now_ms
-        if before.ports != self.live.ports or before.header != self.live.header:
+        if _news(before) != _news(self.live):
             self._wake()
 
     def stop_by_owner(self) -> int:
@@ -135,3 +137,8 @@ class Engine:
     def _wake(self) -> None:
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
+
+
+def _news(live: Live) -> tuple[object, ...]:
+    """What runners want to hear of; time alone is none."""
+    return live.ports, live.header, live.tried, live.purse

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, Final
 
+from agent.core.bidding import Bid
 from agent.core.book import Book
 from agent.core.events import Event
 from agent.core.live import Live
 from agent.core.session import CLOSED, Session, Stage, hindrance
+from agent.core.settling import deadline_s, settlements_left, settlements_owed
 from agent.core.units import cost_wei_floor, hex0x, short
 
 CLOSED_SHOWN_MAX = 32  # newest finished sessions in a status; the journal has the rest
@@ -48,6 +50,35 @@ def status(book: Book, live: Live) -> dict[str, Any]:
         "ports": {name: port(book, live, name) for name in _ports(live)},
         "sessions": [session(one, live) for one in _shown(book)],
         "pending": len(book.pending),
+        "gas": gas(book, live),
+        "bids": [bid(one, live) for one in book.bids.values()],
+    }
+
+
+def gas(book: Book, live: Live) -> dict[str, Any]:
+    """For how many settlements the operator's coins last, at prudent fees; None until they were looked at."""
+    purse = live.purse
+    return {
+        "balance_wei": None if purse is None else str(purse.balance_wei),
+        "settlement_wei": None if purse is None else str(purse.settlement_wei),
+        "settlements_left": None
+        if purse is None
+        else settlements_left(purse.balance_wei, purse.settlement_wei),
+        "settlements_owed": settlements_owed(book),
+    }
+
+
+def bid(one: Bid, live: Live) -> dict[str, Any]:
+    """One bid of ours. `state`: decided, signed, sent, refused (it is tried again), placed, or the name of its end."""
+    tried = live.tried.get(one.bid_id)
+    state = "decided" if one.signed is None else "signed" if tried is None else tried.state
+    return {
+        "bid_id": hex0x(one.bid_id),
+        "consumer": short(one.consumer),
+        "auction_nonce": one.auction_nonce,
+        "rate_wei_per_kwh": str(one.rate_wei_per_kwh),
+        "state": (one.error or "placed") if one.ended else state,
+        "tx": None if one.signed is None else hex0x(one.signed.tx_hash),
     }
 
 
@@ -109,6 +140,7 @@ def session(one: Session, live: Live) -> dict[str, Any]:
         "secured_wei": str(cost_wei_floor(terms.rate_wei_per_kwh, one.energy_wh_acked)),
         "settlement_tx": _settlement_tx(one),
         "settlement_error": one.settlement_error,
+        "settling": _settling(one, live),
     }
 
 
@@ -149,6 +181,19 @@ def _settlement_tx(one: Session) -> str | None:
     if one.ended is not None:
         return hex0x(one.ended.tx_hash)
     return None if one.settlement is None else hex0x(one.settlement.tx_hash)
+
+
+def _settling(one: Session, live: Live) -> dict[str, Any] | None:
+    """How the way to the money goes, while it goes. `waiting`: fees are absurd, until they fall or `until_s` nears."""
+    if one.stage is not Stage.SETTLING:
+        return None
+    tried = live.tried.get(one.session_id)
+    return {
+        "state": "signing" if tried is None else tried.state,
+        "reason": "" if tried is None else tried.reason,
+        "until_s": deadline_s(one, live.policy.grace_s),
+        "replacements": one.replacements,
+    }
 
 
 # ---- telemetry: retained scalars under the owner's own topics
@@ -215,13 +260,22 @@ def status_line(book: Book, live: Live) -> str:
         parts.append(
             "no view of the chain" if live.header is None else f"chain view is {live.view_age_s} s old"
         )
-    settling = sum(one.stage is Stage.SETTLING for one in book.sessions.values())
+    settling = [one.session_id for one in book.sessions.values() if one.stage is Stage.SETTLING]
     stranded = sum(one.stage is Stage.STRANDED for one in book.sessions.values())
     if settling:
-        parts.append(f"{settling} settling")
+        troubles = {
+            _SETTLING_TROUBLES.get(live.tried[sid].state, "") for sid in settling if sid in live.tried
+        }
+        parts.append(f"{len(settling)} settling" + "".join(f" ({why})" for why in sorted(troubles) if why))
     if stranded:
         parts.append(f"{stranded} STRANDED, see `v2v provider sessions`")
+    left = gas(book, live)["settlements_left"]
+    if left is not None and left <= settlements_owed(book):
+        parts.append(f"gas for only {left} settlements: send the operator coins")
     return "; ".join(parts)
+
+
+_SETTLING_TROUBLES = {"waiting": "waits for lower fees", "refused": "refused", "stuck": "in no block yet"}
 
 
 def _port_line(book: Book, live: Live, name: str) -> str:
@@ -290,6 +344,8 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "block_hash": ("block_hash", hex0x),
     "scanned_hash": ("scanned_hash", hex0x),
     "consumer": ("consumer", short),
+    "bid_id": ("bid", hex0x),
+    "gas_wei_max": ("gas_wei_max", str),
     "rate_wei_per_kwh": ("rate_wei_per_kwh", str),
     "deposit_wei": ("deposit_wei", str),
     "bond_wei": ("bond_wei", str),
@@ -306,6 +362,7 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
             "energy_wh_acked",
             "energy_wh_settled",
             "valid_until_s",
+            "until_s",
             "close_at_s",
             "register_mwh",
             "register_mwh_begin",

@@ -124,7 +124,7 @@ class Sender:
         balance_wei = await self._node.balance(self.address)
         if balance_wei <= value_wei:  # the estimate would fail without saying how much is missing
             raise self._unfunded(
-                balance_wei, value_wei + (gas_limit or self._with_margin(GAS_TRANSFER)) * wanted
+                balance_wei, value_wei + (gas_limit or self.with_margin(GAS_TRANSFER)) * wanted
             )
         if gas_limit is None:
             gas_limit = await self._gas_limit(to, data, value_wei)
@@ -167,9 +167,10 @@ class Sender:
             estimate = await self._node.estimate_gas(self.address, to, data, value_wei)
         except Reverted as reverted:
             raise self._named(reverted) from reverted
-        return self._with_margin(estimate)
+        return self.with_margin(estimate)
 
-    def _with_margin(self, gas: int) -> int:
+    def with_margin(self, gas: int) -> int:
+        """The gas limit for what is estimated to need this much."""
         return gas + gas * self._policy.gas_margin_percent // 100
 
     def _signed(self, transaction: dict[str, Any], max_fee: int, tip: int) -> SignedTx:

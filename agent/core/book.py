@@ -1,4 +1,4 @@
-"""Every session of this vehicle: what is journaled (Book), and what follows from it together with what is true now (Live).
+"""Every session and bid of this vehicle: what is journaled (Book), and what follows from it and what is true now (Live).
 
 * `step(book, event)`  routes one event; the very same book comes back when it changes nothing (then it is not worth a row)
 * `due(book, live)`    the next event that time or readings have made due; the engine accepts it and asks again
@@ -14,14 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from agent.core import bidding
 from agent.core import events as ev
 from agent.core import session as life
+from agent.core.bidding import Bid
 from agent.core.effects import (
+    BroadcastBid,
     BroadcastSettlement,
     Deliver,
     Effect,
     Firmness,
     Hold,
+    SignBid,
     SignMeterRecord,
     SignSettlement,
 )
@@ -29,7 +33,7 @@ from agent.core.events import Event, Presentation, Terms
 from agent.core.live import Live
 from agent.core.session import Session, Stage
 from agent.core.token import Domain, access_token, session_id
-from agent.core.units import Address, BlockHash, SessionId
+from agent.core.units import Address, BidId, BlockHash, SessionId
 
 V = TypeVar("V")
 
@@ -57,6 +61,7 @@ class Book:
     sessions: Mapping[SessionId, Session] = field(default_factory=dict)
     locked_ports: Mapping[str, str] = field(default_factory=dict)  # port -> why; only a human unlocks
     records_signed: int = 0
+    bids: Mapping[BidId, Bid] = field(default_factory=dict)  # oldest first
 
     def is_genuine(self, terms: Terms) -> bool:
         """Rule 2: it is ours, and token and session id are what we compute ourselves from the chain's facts."""
@@ -99,6 +104,10 @@ class Book:
         """Sessions that still have something to happen."""
         return tuple(s for s in self.sessions.values() if s.stage not in life.CLOSED)
 
+    def open_bids(self) -> tuple[Bid, ...]:
+        """Bids that may still be mined."""
+        return bidding.open_bids(self.bids)
+
 
 def step(book: Book, event: Event) -> Book:
     """The book after `event`; the same object if it changed nothing."""
@@ -129,6 +138,12 @@ def _routed(book: Book, event: Event) -> Book:
             return _port_unlocked(book, event)
         case ev.HistoryFolded():
             return _history_folded(book, event)
+        case ev.BidDecided():
+            return _with_bids(book, bidding.decided(book.bids, event))
+        case ev.BidSigned():
+            return _with_bids(book, bidding.signed(book.bids, event))
+        case ev.BidEnded():
+            return _with_bids(book, bidding.ended(book.bids, event))
         case _:
             sid: SessionId = event.session_id  # type: ignore[attr-defined]  # every other event names its session
             return _to_session(book, sid, event)
@@ -222,6 +237,10 @@ def _port_unlocked(book: Book, event: ev.PortUnlocked) -> Book:
     )
 
 
+def _with_bids(book: Book, bids: bidding.Bids) -> Book:
+    return book if bids is book.bids else replace(book, bids=bids)
+
+
 def _history_folded(book: Book, event: ev.HistoryFolded) -> Book:
     kept = {
         sid: one
@@ -234,6 +253,7 @@ def _history_folded(book: Book, event: ev.HistoryFolded) -> Book:
         records_signed=event.records_signed,
         scanned_number=event.scanned_number,
         scanned_hash=event.scanned_hash,
+        bids={},  # the chain remembers them
     )
 
 
@@ -249,7 +269,7 @@ def _is_history(one: Session, before_s: int, locked_ports: Mapping[str, str]) ->
 
 def folded(book: Book, at_s: int) -> ev.HistoryFolded | None:
     """What the journal may fold away now; None while anything is open or awaited."""
-    if book.open_sessions() or book.pending:
+    if book.open_sessions() or book.pending or book.open_bids():
         return None
     return ev.HistoryFolded(
         max(at_s, book.at_s),
@@ -283,7 +303,7 @@ def due(book: Book, live: Live) -> Event | None:
         # Rule 8 without a session: locked only until it is seen open, it would be armed, unlocked, and begin again.
         if port not in book.locked_ports and book.on_port(port) is None and live.charges_by_itself(port):
             return ev.PortLocked(live.at_s, port)
-    return None
+    return None if live.header is None else bidding.due(book.bids, live.at_s)
 
 
 def owed(book: Book, live: Live) -> tuple[Effect, ...]:
@@ -292,7 +312,14 @@ def owed(book: Book, live: Live) -> tuple[Effect, ...]:
     effects.extend(_owed_record(book))
     for session in book.sessions.values():
         effects.extend(_owed_on_chain(session))
+    effects.extend(_owed_bid(bid) for bid in book.open_bids())
     return tuple(effects)
+
+
+def _owed_bid(bid: Bid) -> Effect:
+    if bid.signed is None:
+        return SignBid(bid.bid_id)
+    return BroadcastBid(bid.bid_id, bid.signed.tx_hash, bid.signed.raw_tx)
 
 
 def _owed_record(book: Book) -> tuple[Effect, ...]:

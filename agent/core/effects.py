@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Literal
 
 from agent.core.token import Ack
-from agent.core.units import SessionId, Token, TxHash
+from agent.core.units import BidId, SessionId, Token, TxHash
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,22 @@ class BroadcastSettlement(Effect):
     """Send these very bytes, again and again until the chain shows them (or their replacement)."""
 
     session_id: SessionId
+    tx_hash: TxHash
+    raw_tx: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignBid(Effect):
+    """Look at the auction and the purse; then sign `placeBidFor` and journal it, or journal why not."""
+
+    bid_id: BidId
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastBid(Effect):
+    """Send these very bytes, again and again until their nonce is used up."""
+
+    bid_id: BidId
     tx_hash: TxHash
     raw_tx: bytes
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Literal
 
 from agent.core.token import Ack
-from agent.core.units import Address, BlockHash, SessionId, Token, TxHash
+from agent.core.units import Address, BidId, BlockHash, SessionId, Token, TxHash
 
 Scheme = Literal["eip712", "eip191"]
 
@@ -271,6 +271,39 @@ class SettlementReverted(Event):
 
     session_id: SessionId
     tx_hash: TxHash
+    error: str
+
+
+# ---- the owner bids (through the local socket), and the sender does
+
+
+@dataclass(frozen=True, slots=True)
+class BidDecided(Event):
+    """The owner offers to deliver at this rate in this very auction. Not signed by `until_s`, it is given up."""
+
+    bid_id: BidId
+    consumer: Address
+    auction_nonce: int
+    rate_wei_per_kwh: int
+    until_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class BidSigned(Event):
+    """The bid's transaction, signed and on disk *before* it is broadcast. Same nonce again: a replacement."""
+
+    bid_id: BidId
+    nonce: int
+    tx_hash: TxHash
+    raw_tx: bytes
+    gas_wei_max: int  # what the bid is worth in gas: no replacement costs more
+
+
+@dataclass(frozen=True, slots=True)
+class BidEnded(Event):
+    """It was mined and taken (`error` empty), or it was not placed, by this name."""
+
+    bid_id: BidId
     error: str
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from agent.core.units import BlockHash, SessionId
 
@@ -17,6 +18,10 @@ SOC_JITTER_PERMILLE = 30  # two samples this near are one truth; a glitch (0 %, 
 SOC_SAMPLE_GAP_MS = 1_500  # a device is asked for it once a second: nearer readings repeat the same sample
 LOOK_GAP_MS_MAX = 1_000  # the engine beats four times a second: a longer gap is a process that stood still
 SOC_AGE_MS_MAX = 60_000  # no two samples agreed for so long: then the charge is not known
+
+# waiting: for lower fees. refused: by contract, node or purse, asked again. sent: said to the node. stuck: said so often, at
+# such fees, that no more is offered now.
+TriedState = Literal["waiting", "refused", "sent", "stuck"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,22 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """How the newest attempt to get a transaction mined went. For status pages: nothing is decided by it."""
+
+    state: TriedState
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """What the operator's account holds, and what one more settlement should be able to cost."""
+
+    balance_wei: int
+    settlement_wei: int  # prudent: `settling.settlement_wei_prudent`
+
+
+@dataclass(frozen=True, slots=True)
 class Live:
     """Everything that is true only now."""
 
@@ -95,6 +116,8 @@ class Live:
     ports: Mapping[str, PortLive] = field(default_factory=dict)
     watched_ms: int = 0  # for how long this life has looked: a process that stood still has not waited
     stage_at_ms: Mapping[SessionId, int] = field(default_factory=dict)  # of open sessions; on that clock
+    tried: Mapping[bytes, Tried] = field(default_factory=dict)  # by session or bid, while it is open
+    purse: Purse | None = None  # None: not asked yet in this life
 
     @property
     def at_s(self) -> int:
@@ -191,7 +214,22 @@ class Beat:
     """Update: nothing but time has passed."""
 
 
-Update = PortRead | PortLost | HeaderSeen | Beat
+@dataclass(frozen=True, slots=True)
+class TransactionTried:
+    """Update: an attempt at the transaction of this session or bid. `tried` None: it is over."""
+
+    key: bytes
+    tried: Tried | None
+
+
+@dataclass(frozen=True, slots=True)
+class PurseSeen:
+    """Update: the operator's account was looked at."""
+
+    purse: Purse
+
+
+Update = PortRead | PortLost | HeaderSeen | Beat | TransactionTried | PurseSeen
 
 
 def observe(live: Live, update: Update, now_ms: int) -> Live:
@@ -223,6 +261,11 @@ def observe(live: Live, update: Update, now_ms: int) -> Live:
                 return live  # an old head served as new must not refresh our view
             header = Header(update.number, update.block_hash, update.timestamp_s, now_ms)
             return replace(live, header=header)
+        case TransactionTried(key=key, tried=tried):
+            others = {other: kept for other, kept in live.tried.items() if other != key}
+            return replace(live, tried=others if tried is None else {**others, key: tried})
+        case PurseSeen(purse=purse):
+            return replace(live, purse=purse)
         case Beat():
             return live
 
@@ -249,4 +292,6 @@ def offered(live: Live, port: str) -> Live:
 def moved(live: Live, sid: SessionId, *, is_open: bool) -> Live:
     """Live from the moment a session enters another stage: waits in it count from here. Closed sessions are forgotten."""
     kept = {other: at_ms for other, at_ms in live.stage_at_ms.items() if other != sid}
-    return replace(live, stage_at_ms={**kept, sid: live.watched_ms} if is_open else kept)
+    if is_open:
+        return replace(live, stage_at_ms={**kept, sid: live.watched_ms})
+    return replace(live, stage_at_ms=kept, tried={key: one for key, one in live.tried.items() if key != sid})

@@ -173,6 +173,9 @@ class Settlement:
     raw_tx: bytes
     max_fee_per_gas_wei: int
     max_priority_fee_per_gas_wei: int
+    earlier: tuple[
+        TxHash, ...
+    ] = ()  # what these bytes replaced, same nonce: any of them may be the one that is mined
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +235,11 @@ class Session:
     def end_intent(self) -> bool:
         """The one-way door: once true, this session is never energised again."""
         return self.energy_wh_delivered is not None
+
+    @property
+    def replacements(self) -> int:
+        """How often the settlement under way was signed again with higher fees."""
+        return 0 if self.settlement is None else len(self.settlement.earlier)
 
     @property
     def order_wh(self) -> int:
@@ -612,6 +620,8 @@ def _ended_believed(session: Session, event: ev.ConnectionEndedBelieved) -> Sess
 
 
 def _settlement_signed(session: Session, event: ev.SettlementSigned) -> Session:
+    before = session.settlement
+    is_replacement = before is not None and before.nonce == event.nonce
     signed = Settlement(
         event.energy_wh_settled,
         event.nonce,
@@ -619,12 +629,14 @@ def _settlement_signed(session: Session, event: ev.SettlementSigned) -> Session:
         event.raw_tx,
         event.max_fee_per_gas_wei,
         event.max_priority_fee_per_gas_wei,
+        (*before.earlier, before.tx_hash) if before is not None and is_replacement else (),
     )
     return replace(session, settlement=signed)
 
 
 def _settlement_reverted(session: Session, event: ev.SettlementReverted) -> Session:
-    if session.settlement is None or session.settlement.tx_hash != event.tx_hash:
+    ours = session.settlement
+    if ours is None or event.tx_hash not in (ours.tx_hash, *ours.earlier):
         return session
     reverts = session.settlement_reverts + 1
     stage = S.STRANDED if reverts >= REVERTS_MAX else S.SETTLING

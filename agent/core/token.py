@@ -19,7 +19,7 @@ from typing import ClassVar
 import coincurve
 from eth_hash.auto import keccak
 
-from agent.core.units import UINT64_MAX, Address, SessionId, Token
+from agent.core.units import UINT64_MAX, Address, BidId, SessionId, Token
 from agent.errors import Refused
 
 SIGNATURE_LENGTH = 65
@@ -51,6 +51,11 @@ def session_id(
     """What receipts bind to: a reorg re-mines `connect` with another timestamp, so another token, but the same session id."""
     head = word(chain_id) + address_word(contract)
     return SessionId(keccak(head + address_word(consumer) + address_word(provider) + word(auction_nonce)))
+
+
+def bid_id(consumer: Address, auction_nonce: int, rate_wei_per_kwh: int) -> BidId:
+    """Of a bid of ours: who bids the same twice has bid once. Known to nobody else."""
+    return BidId(keccak(address_word(consumer) + word(auction_nonce) + word(rate_wei_per_kwh)))
 
 
 def charger_id(port_name: str) -> bytes:

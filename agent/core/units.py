@@ -11,6 +11,7 @@ Address = NewType("Address", bytes)  # 20 bytes
 Token = NewType("Token", bytes)  # 32 bytes; the paper's access token; changes when a reorg re-mines `connect`
 SessionId = NewType("SessionId", bytes)  # 32 bytes; reorg-stable (PROTOCOL section 2)
 TxHash = NewType("TxHash", bytes)  # 32 bytes
+BidId = NewType("BidId", bytes)  # 32 bytes; the same for the same consumer, auction and rate
 BlockHash = NewType("BlockHash", bytes)  # 32 bytes
 
 UINT64_MAX = 2**64 - 1

@@ -48,7 +48,7 @@ from agent.errors import Misconfigured
 from agent.journal import Journal
 from agent.rows import BODY_LENGTH_MAX, Unwritable, checksum
 
-LENGTHS = {"Address": 20, "Token": 32, "SessionId": 32, "TxHash": 32, "BlockHash": 32}
+LENGTHS = {"Address": 20, "Token": 32, "SessionId": 32, "TxHash": 32, "BlockHash": 32, "BidId": 32}
 
 
 def values_of(kind):

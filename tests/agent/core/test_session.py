@@ -674,13 +674,24 @@ def test_rule_6_three_reverts_need_a_human():
     assert story.session.settlement_error == "WrongToken"
 
 
-def test_rule_6_a_revert_of_a_replaced_transaction_does_not_count():
-    """Only the newest one speaks for us."""
+def test_rule_6_a_revert_under_a_nonce_we_left_does_not_count():
+    """Only the bytes under the newest nonce speak for us."""
     story = at(S.SETTLING) >> settles()
     old = story.session.settlement.tx_hash
-    story = story >> settles(fee=2 * 10**9) >> ev.SettlementReverted(story.at_s, SID, old, "Replaced")
+    story = story >> settles(nonce=8) >> ev.SettlementReverted(story.at_s, SID, old, "Replaced")
     assert story.session.settlement is not None
     assert story.session.settlement_reverts == 0
+
+
+def test_rule_6_a_revert_of_what_was_replaced_uses_up_the_nonce_of_the_replacement():
+    """Would catch a settlement that waits for ever for newer bytes which no block can take any more."""
+    story = at(S.SETTLING) >> settles()
+    old = story.session.settlement.tx_hash
+    story = story >> settles(fee=2 * 10**9)
+    assert story.session.replacements == 1
+    story = story >> ev.SettlementReverted(story.at_s, SID, old, "out_of_gas")
+    assert story.owed_of(SignSettlement)
+    assert story.session.settlement_reverts == 1
 
 
 def test_rule_6_ending_without_any_receipt_needs_none():

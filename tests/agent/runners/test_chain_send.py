@@ -16,12 +16,15 @@ from agent.core.effects import BroadcastSettlement, SignSettlement
 from agent.core.events import Presentation, StopReason
 from agent.core.live import Beat, HeaderSeen
 from agent.core.session import Session, Stage
+from agent.core.settling import REPLACE_AFTER_S as REPLACE_AFTER
+from agent.core.settling import Haste
 from agent.core.token import NO_ACK, ZERO_ADDRESS
 from agent.engine import Engine
-from agent.runners.chain_send import REPLACE_AFTER_S, ChainSend
+from agent.runners.chain_send import NONCE_LOW_HEADS, ChainSend
 from agent.runners.chain_watch import ChainWatch, WatchSettings
 
 DELIVERED_WH = 120
+REPLACE_AFTER_S = REPLACE_AFTER[Haste.CALM][0]
 
 
 @dataclass
@@ -184,12 +187,12 @@ async def test_a_settlement_that_is_not_worth_a_higher_fee_is_said_again_as_it_i
         one = await desk(bazaar)
         runner = one.sends()
         await runner.do_owed()  # signed and on disk, and in no pool
-        monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
+        monkeypatch.setattr("agent.core.settling.stake_wei", lambda _session: 1)
         monkeypatch.setattr(runner._sender, "broadcast", AsyncMock())
         await runner.do_owed()
         runner._sender.broadcast.assert_awaited_once()  # type: ignore[attr-defined]
         monkeypatch.undo()
-        monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
+        monkeypatch.setattr("agent.core.settling.stake_wei", lambda _session: 1)
         bazaar.net.mine()
         await one.look_at_head()
         bazaar.now_ms += REPLACE_AFTER_S * 1000
@@ -204,10 +207,11 @@ async def test_a_nonce_used_by_somebody_else_is_signed_anew(tmp_path: Path) -> N
         one = await desk(bazaar)
         await one.sends().do_owed()
         await bazaar.send(bazaar.provider.operator.signer, contract.encode_deposit(), 1)
-        await one.look_at_head()
-        await one.sends().do_owed()
-        await one.look_at_head()
-        await one.sends().do_owed()
+        runner = one.sends()
+        for _ in range(NONCE_LOW_HEADS + 1):
+            bazaar.net.mine()
+            await one.look_at_head()
+            await runner.do_owed()
         assert len(await one.settlements()) == 1
 
 
@@ -259,7 +263,7 @@ async def test_a_settlement_that_costs_more_than_it_brings_waits(
     """Would catch an agent that pays a fee spike with more than the session is worth."""
     async with Bazaar(tmp_path) as bazaar:
         one = await desk(bazaar)
-        monkeypatch.setattr("agent.runners.chain_send._stake_wei", lambda _session: 1)
+        monkeypatch.setattr("agent.core.settling.stake_wei", lambda _session: 1)
         with capture_logs() as lines:
             assert await one.sends().do_owed(), "refused, and asked again later"
         assert [line["reason"] for line in lines] == ["fee_cap"]
@@ -278,9 +282,7 @@ async def test_a_sale_worth_less_than_its_gas_holds_up_no_other(
         await good.look()
         delivers(good)
         worth = {dust.opened.session_id: 1, good.opened.session_id: 10**18}
-        monkeypatch.setattr(
-            "agent.runners.chain_send._stake_wei", lambda session: worth[session.terms.session_id]
-        )
+        monkeypatch.setattr("agent.core.settling.stake_wei", lambda session: worth[session.terms.session_id])
         runner = dust.sends()
         for _ in range(2):
             await runner.do_owed()
