@@ -1,4 +1,4 @@
-"""Several nodes as one: asks the preferred one, and the next when it does not answer, stands still or serves another chain.
+"""Several nodes as one: asks the preferred one, and the next when it does not answer, stands still or lies.
 
 Rules
 * Sticky: whoever answers is asked again; nobody goes back to the preferred node before this one fails. Flapping between two
@@ -6,7 +6,13 @@ Rules
 * A node is asked nothing before it has named our chain id and the genesis hash that the first one named: another chain behind
   one address is that node's fault, said loudly, and only when no node is left the owner's (`Misconfigured`).
 * A node that is behind is never asked for logs it cannot have: their absence would look like silence.
-* A head that stands still while another node's moves on is left (PROTOCOL section 7: a node that lies by omission or delay).
+* A head that stands still, or falls back, while another node's does not is left (PROTOCOL section 7: a node that lies by
+  omission or delay).
+* Every lie is told with the endpoint's name, which holds no secrets, and under one stable event name:
+  `chain.other_chain` names another chain id or another beginning · `chain.standstill` · `chain.old_head` far below what was
+  seen · `chain.slow_answer` beyond the time-out, byte by byte included · `chain.huge_answer` · `chain.nonsense` has not the
+  form of an answer · and what only `chain_watch` can see, by `distrust`: `chain.hidden_close`, `chain.forged_log`,
+  `chain.impossible_time`. Leaving a node for any reason is `chain.failover`.
 * What the contract or the node refuses by name (`Refused`, `Reverted`) is an answer, not a failure.
 
 May not know: the contract, sessions, how a node is asked (node.py), where it is logged that one was left.
@@ -20,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from agent.chain.node import FeeSuggestion, Header, Hint, LogPage, Node, RawLog, Receipt, Topics
+from agent.chain.rpc import Suspicious
 from agent.core.units import BlockHash, TxHash, hex0x
 from agent.errors import Misconfigured, Transient
 
@@ -36,6 +43,9 @@ class Told(Protocol):
 # Without a new head for so long the others are asked too: half of what a delivery may be blind (max_view_age_s), so that
 # changing to a node that still sees the chain costs no pause.
 STANDSTILL_S = 25.0
+OLD_HEAD_BLOCKS = (
+    8  # backends of one hosted node differ by a few blocks; a head this far below the newest is no such lag
+)
 
 
 @dataclass(slots=True)
@@ -48,10 +58,11 @@ class Endpoint:
     is_checked: bool = False  # it has named our chain since we last came to it
     head_number: int = -1  # the newest it has shown us
     other_chain: str = field(default="", repr=False)  # how it was refused, "" while it was not
+    is_old: bool = False  # its head was far below the newest, and that was said
 
 
 class FailoverNode:
-    """The Node port over 2 to 4 endpoints."""
+    """The Node port over 1 to 4 endpoints: also a single one lies under its name."""
 
     def __init__(
         self,
@@ -94,11 +105,20 @@ class FailoverNode:
         """The next one's turn, unless somebody else has already moved on from this one."""
         if self._endpoints[self._asked] is not endpoint:
             return
+        if isinstance(why, Suspicious):
+            self._told(why.lie, node=endpoint.name, error=why.message)
         endpoint.is_checked = False
-        self._asked = (self._asked + 1) % len(self._endpoints)
-        self._told(
-            "chain.failover", left=endpoint.name, to=self._endpoints[self._asked].name, error=why.message
-        )
+        if len(self._endpoints) > 1:
+            self._asked = (self._asked + 1) % len(self._endpoints)
+            self._told(
+                "chain.failover", left=endpoint.name, to=self._endpoints[self._asked].name, error=why.message
+            )
+
+    def distrust(self, lie: str, **facts: str | int) -> None:
+        """Say who said it, and leave it."""
+        endpoint = self._endpoints[self._asked]
+        self._told(lie, node=endpoint.name, **facts)
+        self._leave(endpoint, Transient(f"it is not believed ({lie})"))
 
     async def _require_our_chain(self, endpoint: Endpoint) -> None:
         """Raises Transient when it serves another chain: the next node may serve ours."""
@@ -134,11 +154,15 @@ class FailoverNode:
         return await self._ask(lambda node: node.genesis_hash())
 
     async def head(self) -> Header:
-        """The newest block of the node whose turn it is; of another one when this one's stands still."""
+        """The newest block of the node whose turn it is; of another one when this one's stands still or fell back."""
         head = await self._ask(lambda node: node.head())
-        self._endpoints[self._asked].head_number = head.number
-        now_s = self._monotonic_s()
-        if head.number <= self._best_number and now_s - self._best_at_s > STANDSTILL_S:
+        endpoint, now_s = self._endpoints[self._asked], self._monotonic_s()
+        endpoint.head_number = head.number
+        was_old, endpoint.is_old = endpoint.is_old, head.number < self._best_number - OLD_HEAD_BLOCKS
+        if endpoint.is_old and not was_old:
+            self._told("chain.old_head", node=endpoint.name, at=head.number, newest=self._best_number)
+            head = await self._newest_of_all(head)
+        elif head.number <= self._best_number and now_s - self._best_at_s > STANDSTILL_S:
             self._best_at_s = now_s  # ask the others again only after another standstill
             head = await self._newest_of_all(head)
         if head.number > self._best_number:

@@ -35,6 +35,7 @@ from agent.chain.rpc import (
     SlowAnswer,
     Wire,
     nonsense,
+    rationed,
     read_data,
     read_quantity,
     shown,
@@ -47,6 +48,7 @@ Answer = TypeVar("Answer")
 BlockTag = str  # "latest", "safe", "finalized", "earliest"
 
 METHOD_NOT_FOUND = -32601
+RATIONED = 429  # some hosted nodes give HTTP's number as a JSON-RPC code
 MAX_SLOW_ANSWERS = 3  # in a row, each with a smaller range; then it is the link, not the range
 CALM_PAGES_BEFORE_GROWTH = 16  # after so many pages at the provider's limit we try a larger one
 TIP_FALLBACK_WEI = 10**9  # for nodes without eth_maxPriorityFeePerGas
@@ -135,7 +137,15 @@ class Artefact(Protocol):
 
 
 class Node(Protocol):
-    """An Ethereum node, or something that stands for one. All methods raise `Transient`."""
+    """An Ethereum node, or something that stands for one. All methods raise `Transient`.
+
+    Where a quorum would go: a `QuorumNode` over 2 of 3 endpoints of different operators stands beside `FailoverNode`, and
+    its users do not notice. `head` and `header` then answer what k endpoints agree on (keccak(rlp(header)) computed here);
+    `call(..., block_hash)` reads storage with `eth_getProof` against that header's state root, and only slots it knows
+    (our contract's session words); `logs` and `log_pages` stay hints of any one endpoint, as no proof shows that a log was
+    *not* left out: that is why `chain_watch` holds the contract's state against the logs at every look. What one endpoint
+    says against the others becomes `distrust`. Shape only; today one endpoint is asked at a time (docs/decisions.md).
+    """
 
     async def chain_id(self) -> int:
         """EIP-155 chain id."""
@@ -199,6 +209,11 @@ class Node(Protocol):
     def watch(self, address: bytes, topics: Topics) -> AbstractAsyncContextManager[AsyncIterator[Hint]]:
         """Hints about new heads and matching logs, from the moment the context is entered."""
 
+    def distrust(self, lie: str, **facts: str | int) -> None:
+        """What was answered contradicts itself, the contract or the chain: name who said it, and ask somebody else from now
+        on. `lie` is the stable name for the log, `facts` go with it.
+        """
+
     async def close(self) -> None:
         """Give the connections back. Never raises."""
 
@@ -257,6 +272,9 @@ class Web3Node:
     async def close(self) -> None:
         """Give the connections back."""
         await self._wire.close()
+
+    def distrust(self, lie: str, **facts: str | int) -> None:
+        """Nobody else is here to be asked; `FailoverNode` knows names, and has a log."""
 
     # ---- which chain, which block
 
@@ -480,6 +498,8 @@ class Web3Node:
                 revert_data = _revert_data(error) if reverts else None
                 if revert_data is not None:
                     raise Reverted(revert_data) from error
+                if _is_rationing(error):
+                    raise rationed(self._url, str(error)) from error
                 raise _NodeSaysNo(method, error, self._url) from error
 
 
@@ -685,10 +705,21 @@ def _hint(notification: Json) -> Hint:
 def _is_range_refusal(error: RpcError) -> bool:
     """Nodes have no common code for it; these words are what they do have in common."""
     words = ("range", "too many", "more than", "limit", "exceed", "too large", "timeout", "timed out", "size")
-    message = error.message.lower()
-    if any(word in message for word in ("rate limit", "request count", "per second", "rate exceeded")):
-        return False  # fewer blocks at a time would only mean more requests
-    return any(word in message for word in words)
+    return any(word in error.message.lower() for word in words)
+
+
+def _is_rationing(error: RpcError) -> bool:
+    """It is how often we ask, not how much: fewer blocks at a time would only mean more requests."""
+    words = (
+        "rate limit",
+        "request count",
+        "per second",
+        "rate exceeded",
+        "too many requests",
+        "capacity",
+        "throttl",
+    )
+    return error.code == RATIONED or any(word in error.message.lower() for word in words)
 
 
 def _revert_data(error: RpcError) -> bytes | None:

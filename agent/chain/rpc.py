@@ -29,11 +29,14 @@ Json = Any  # what json.loads makes; checked where it is used
 
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _DATA = re.compile(r"0x(?:[0-9a-fA-F]{2})*")
+_SECONDS = re.compile(r"[0-9]{1,6}")
 
 RECURSION_LIMIT = 1_000  # Python's own default
 
 # What hosted nodes say with HTTP instead of JSON-RPC.
-_HTTP_TOO_MANY_REQUESTS = 429
+_HTTP_RATIONED = (429, 503)
+_HTTP_TOO_SLOW = (408, 504, 524)  # a gateway lost its patience with the node behind it
+_HTTP_TOO_LARGE = 413
 _HTTP_UNAUTHORISED = (401, 403)
 
 
@@ -65,12 +68,36 @@ class RpcError(Exception):
         self.data = data
 
 
-class SlowAnswer(Transient):
+class Suspicious(Transient):
+    """What an honest and healthy node does not do. `lie` is the stable name under which the log says who did it."""
+
+    lie: str
+
+
+class SlowAnswer(Suspicious):
     """The link may live, but this answer did not come in time: a smaller question may help."""
 
+    lie = "chain.slow_answer"
 
-class AnswerTooLarge(Transient):
+
+class AnswerTooLarge(Suspicious):
     """The answer is larger than we take: a smaller question may help."""
+
+    lie = "chain.huge_answer"
+
+
+class Nonsense(Suspicious):
+    """The answer has not the form that it must have, or answers another question."""
+
+    lie = "chain.nonsense"
+
+
+class Rationed(Transient):
+    """The node asks for patience: `after_s` seconds of it (HTTP `Retry-After`), 0 where it does not say how much."""
+
+    def __init__(self, message: str, after_s: float = 0, *, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.after_s = after_s
 
 
 class Wire(Protocol):
@@ -116,9 +143,18 @@ def result_of(answer: Json, url: str) -> Json:
     return answer["result"]
 
 
-def nonsense(url: str, what: str) -> Transient:
+def rationed(url: str, why: str, after: str | None = None) -> Rationed:
+    """`after` is a `Retry-After` header: seconds (a date would be the wall clock's, which we do not follow)."""
+    return Rationed(
+        f"the Ethereum node at {shown(url)} is busy or rations us ({why})",
+        float(after) if after is not None and _SECONDS.fullmatch(after) else 0,
+        remedy="Use a node of your own, or a larger plan.",
+    )
+
+
+def nonsense(url: str, what: str) -> Nonsense:
     """An answer that no honest node gives."""
-    return Transient(
+    return Nonsense(
         f"the Ethereum node at {shown(url)} answered nonsense ({what})",
         remedy="Is this really an Ethereum JSON-RPC address? If it was, use another node.",
     )
@@ -155,16 +191,19 @@ class HttpWire:
         except (aiohttp.ClientError, OSError) as problem:
             raise unreachable(self.url, problem) from problem
         answer = _parsed(text)
-        if response.status == _HTTP_TOO_MANY_REQUESTS:
-            raise Transient(
-                f"the Ethereum node at {shown(self.url)} is busy or rations us (HTTP 429)",
-                remedy="Use a node of your own, or a larger plan.",
-            )
+        if response.status in _HTTP_RATIONED:
+            raise rationed(self.url, f"HTTP {response.status}", response.headers.get("Retry-After"))
         if response.status in _HTTP_UNAUTHORISED:
             raise Transient(
                 f"the Ethereum node at {shown(self.url)} does not let us in (HTTP {response.status})",
                 remedy="Check the user, password or API key in the address.",
             )
+        if answer is None and response.status in _HTTP_TOO_SLOW:
+            raise SlowAnswer(
+                f"the Ethereum node at {shown(self.url)} did not answer {method} in time (HTTP {response.status})"
+            )
+        if answer is None and response.status == _HTTP_TOO_LARGE:
+            raise AnswerTooLarge(f"the Ethereum node at {shown(self.url)} refuses so much at once (HTTP 413)")
         if answer is None:
             raise nonsense(self.url, f"HTTP {response.status}, no JSON")
         return result_of(answer, self.url)

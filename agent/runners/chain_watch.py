@@ -3,11 +3,16 @@
 Rules
 * Hints (heads, logs) only say "look"; every look reads the same range of logs and the same headers, so nothing is missed when a
   hint is, and nothing happens twice because events that change nothing are not written.
+* Every block's logs are read in two looks at least before the cursor passes it: one backend of a hosted node that lags behind
+  the others leaves logs out without a word. A catch-up that breaks off goes on where it was, and holds one page at a time.
 * Seen -> `ConnectedSeen`, nothing owed. `confirmations` deep, canonical and the contract's state agrees -> `ConnectedBelieved`.
-  Final -> `ConnectedFinal`. Not canonical any more -> `ConnectedOrphaned`. `ConnectionEnded` is believed when it is final.
+  Final -> `ConnectedFinal`. Another block in its place -> `ConnectedOrphaned`; a node that does not have that height yet has
+  no say. `ConnectionEnded` is believed when it is final.
+* A close that the contract's state shows and the logs do not is a lie by omission: what the state says is done, whoever hid it
+  is named and left, and what it served is no view.
 * The newest header goes to Live only after the logs up to it were accepted: a fresh view means nothing was overlooked.
 
-May not know: the charger, the door, transactions.
+May not know: the charger, the door, transactions; how many nodes there are.
 """
 
 from __future__ import annotations
@@ -22,10 +27,11 @@ import structlog
 
 from agent.chain import contract
 from agent.chain.node import Header, Hint, Node, RawLog
+from agent.chain.rpc import Rationed
 from agent.core import events as ev
 from agent.core.events import Terms
 from agent.core.live import HeaderSeen
-from agent.core.session import CLOSED, Session, Stage
+from agent.core.session import CLOSED, STOPPABLE, Session, Stage
 from agent.core.token import Domain
 from agent.core.units import Address, BlockHash, short
 from agent.engine import Engine
@@ -34,9 +40,17 @@ from agent.errors import Misconfigured, Transient
 BACKOFF_S = (0.2, 10.0)  # first and longest wait for a lost node: a restart takes seconds, a tunnel minutes
 LOOK_EVERY_S = 5.0  # without any hint: a subscription can be silently dead
 OVERLAP_BLOCKS = 16  # read again with every look, so that a reorg this deep needs no special path
-REWIND_BLOCKS = 1024  # when the scanned block is no longer canonical; deeper reorgs start at `start_block`
 SCAN_ROW_EVERY_BLOCKS = 64  # when the cursor is worth a journal row; a restart reads a little twice
+FORGOTTEN_MAX = (
+    1024  # connects remembered as over before they were believed; a lying node may invent any number
+)
+PENDING_MANY = (
+    48  # of the book's 64: then belief does not wait for the last page, or the book would drop some
+)
 TIMESTAMP_S_MAX = 2**40  # year 36812: a node that says more would overflow the journal
+WAIT_S_MAX = 120.0  # a node that asks for more patience (`Retry-After`) is asked again all the same
+
+Place = tuple[BlockHash, int]  # where a log stands: its block's hash and its index there
 
 log = structlog.get_logger(__name__)
 
@@ -65,20 +79,27 @@ class ChainWatch:
         self._engine, self._node, self._domain, self._provider = engine, node, domain, provider
         self._settings = settings
         self._monotonic_s = monotonic_s
-        self._ended_unbelieved: set[BlockHash] = set()  # connects that were over before we believed them
+        self._over: dict[
+            Place, Header
+        ] = {}  # pending connects that are over already, and the head that showed it
+        self._forgotten: dict[Place, None] = {}  # those that stayed so, oldest first
+        self._looked: Header | None = None  # the newest head whose look went through
+        self._unread: int | None = None  # where a catch-up that broke off goes on
 
     async def run(self) -> None:
         """For ever: subscribe, then look at every hint. Any end of the subscription is a reason to do it again."""
-        wait_s = BACKOFF_S[0]
+        wait_s, asked_s = BACKOFF_S[0], 0.0
         while True:
             began_s = self._monotonic_s()
             try:
                 await self._follow()
             except Transient as error:
                 log.warning("chain.lost", error=error.message)
+                asked_s = min(error.after_s, WAIT_S_MAX) if isinstance(error, Rationed) else 0.0
             if self._monotonic_s() - began_s > BACKOFF_S[1]:
                 wait_s = BACKOFF_S[0]  # it had worked for a while: a new trouble, not the old one
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, so that a fleet does not return at once
+            jitter = random.uniform(0.5, 1.5)  # noqa: S311 - so that a fleet does not return at once
+            await asyncio.sleep(max(asked_s, wait_s * jitter))
             wait_s = min(wait_s * 2, BACKOFF_S[1])
 
     async def _follow(self) -> None:
@@ -121,34 +142,51 @@ class ChainWatch:
         if newest is not None and head.block_hash == newest.block_hash:
             return
         if head.timestamp_s > TIMESTAMP_S_MAX:
-            raise Transient(f"the node's newest block is dated {head.timestamp_s}", remedy="use another node")
-        for raw in await self._logs_up_to(head):
-            await self._take(raw)
+            raise self._distrust("chain.impossible_time", block=head.number, dated=head.timestamp_s)
+        on_chain = await self._read(head)
         await self._believe(head)
-        self._note_scanned(head)
+        self._note_scanned(on_chain)
+        self._looked = head
         self._engine.observe(HeaderSeen(head.number, head.block_hash, head.timestamp_s))
+
+    def _distrust(self, lie: str, **facts: str | int) -> Transient:
+        """Whoever said this is named and left; the error that ends this look."""
+        self._node.distrust(lie, **facts)
+        return Transient(
+            f"the node contradicts itself or the contract ({lie})",
+            remedy="The log names it. If it happens again, use another node.",
+        )
 
     # ---- logs
 
-    async def _logs_up_to(self, head: Header) -> list[RawLog]:
-        first = await self._first_block(head)
-        found: list[RawLog] = []
+    async def _read(self, head: Header) -> bool:
+        """Take every log up to the head, a page at a time. Returns whether the cursor is still (or may be) on the chain."""
+        book = self._engine.book
+        on_chain = book.scanned_number < 0 or (
+            await self._is_canonical(head, book.scanned_number, book.scanned_hash) is not False
+        )
         pages = self._node.log_pages(
-            self._domain.contract, contract.provider_topics(self._provider), first, head.number
+            self._domain.contract,
+            contract.provider_topics(self._provider),
+            self._first_block(head, on_chain),
+            head.number,
         )
         async for page in pages:
-            found += page.logs
-        return found
+            for raw in page.logs:
+                await self._take(raw)
+                if len(self._engine.book.pending) >= PENDING_MANY:
+                    await self._believe_all_pending(head)
+            self._unread = page.to_block + 1
+        self._unread = None
+        return on_chain
 
-    async def _first_block(self, head: Header) -> int:
-        """Where to read from: a little before the cursor, or far before it when the cursor's block is no longer canonical."""
+    def _first_block(self, head: Header, on_chain: bool) -> int:
+        """Where to read from: a little before the cursor, or everything when the cursor is on a chain that is no more."""
         book, start = self._engine.book, self._settings.start_block
-        if book.scanned_number < 0:
+        unread = book.scanned_number if self._unread is None else self._unread
+        if unread < 0 or (not on_chain and self._unread is None):
             return start
-        scanned = await self._node.header(book.scanned_number)
-        canonical = scanned is not None and scanned.block_hash == book.scanned_hash
-        back = OVERLAP_BLOCKS if canonical else REWIND_BLOCKS
-        return max(start, min(book.scanned_number, head.number) - back)
+        return max(start, min(unread, head.number) - OVERLAP_BLOCKS)
 
     async def _take(self, raw: RawLog) -> None:
         entry = contract.decode_log(raw.address, raw.topics, raw.data)
@@ -184,10 +222,10 @@ class ChainWatch:
             pending is not None and pending.block_hash == raw.block_hash
         ):
             return
-        if raw.block_hash in self._ended_unbelieved:
+        if (raw.block_hash, raw.log_index) in self._forgotten:
             return
-        block = await self._node.header(raw.block_hash)
-        if block is None:
+        block = await self._node.header(raw.block_number)
+        if block is None or block.block_hash != raw.block_hash:
             return  # reorged away between two questions: the next look finds what replaced it
         terms = Terms(
             session_id=entry.session_id,
@@ -207,8 +245,7 @@ class ChainWatch:
             tx_hash=raw.tx_hash,
         )
         if not self._engine.book.is_genuine(terms):
-            log.error("chain.not_genuine", session=short(entry.session_id), block=raw.block_number)
-            return
+            raise self._distrust("chain.forged_log", session=short(entry.session_id), block=raw.block_number)
         self._accept(ev.ConnectedSeen(self._engine.at_s or block.timestamp_s, terms))
 
     def _session_with(self, token: bytes) -> Session | None:
@@ -220,11 +257,15 @@ class ChainWatch:
     # ---- belief
 
     async def _believe(self, head: Header) -> None:
+        book = self._engine.book
+        if not book.pending and not book.open_sessions():
+            return
         final_number = await self._final_number(head)
-        for terms in tuple(self._engine.book.pending.values()):
-            await self._believe_pending(head, terms)
+        await self._believe_all_pending(head, final_number)
         for session in self._engine.book.open_sessions():
             await self._recheck(head, session, final_number)
+        for session in self._engine.book.open_sessions():
+            await self._require_no_hidden_close(head, session)
 
     async def _final_number(self, head: Header) -> int:
         if self._settings.finality != "finalized":
@@ -236,30 +277,82 @@ class ChainWatch:
         """The including block is its own first confirmation."""
         return head.number - number + 1 >= self._settings.confirmations
 
-    async def _is_canonical(self, number: int, block_hash: bytes) -> bool:
+    async def _is_canonical(self, head: Header, number: int, block_hash: bytes) -> bool | None:
+        """Is this block in the chain that ends at `head`? None: it is higher, so nobody can say."""
+        if number > head.number:
+            return None
+        if await self._hash_at(number) == block_hash:
+            return True
+        await self._check_chain()  # so much follows only from a block of our own chain
+        return await self._hash_at(number) == block_hash
+
+    async def _hash_at(self, number: int) -> BlockHash:
         header = await self._node.header(number)
-        return header is not None and header.block_hash == block_hash
+        if header is None:
+            raise Transient(f"the node has no block {number}, below its own newest")
+        return header.block_hash
 
-    async def _believe_pending(self, head: Header, terms: Terms) -> None:
-        if not await self._is_canonical(terms.block_number, terms.block_hash):
-            self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
-        elif self._is_deep(head, terms.block_number):
-            await self._believe_state(head, terms)
+    async def _believe_all_pending(self, head: Header, final_number: int = -1) -> None:
+        for terms in tuple(self._engine.book.pending.values()):
+            canonical = await self._is_canonical(head, terms.block_number, terms.block_hash)
+            if canonical is False:
+                self._over.pop((terms.block_hash, terms.log_index), None)
+                self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
+            elif canonical and self._is_deep(head, terms.block_number):
+                await self._believe_state(head, terms, final_number)
 
-    async def _believe_state(self, head: Header, terms: Terms) -> None:
-        """The contract's own storage must say the same as its logs; a node that only fakes logs fails here."""
+    async def _state(self, head: Header, terms: Terms) -> contract.SessionState:
         data = await self._node.call(
             self._domain.contract, contract.encode_sessions(terms.token), block_hash=head.block_hash
         )
-        state = contract.decode_sessions(data)
-        if not state.is_open:  # ended before we believed it (or never there): nothing is owed, forget it
-            log.info("chain.over_before_believed", session=short(terms.session_id))
-            self._ended_unbelieved.add(terms.block_hash)
-            self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
-        elif self._agrees(state, terms):
-            self._accept(ev.ConnectedBelieved(self._engine.at_s, terms.session_id, terms.block_hash))
-        else:
-            log.warning("chain.state_disagrees", session=short(terms.session_id), status=str(state.status))
+        return contract.decode_sessions(data)
+
+    async def _believe_state(self, head: Header, terms: Terms, final_number: int) -> None:
+        """The contract's own storage must say the same as its logs; a node that only fakes logs fails here."""
+        place, state = (terms.block_hash, terms.log_index), await self._state(head, terms)
+        if not state.is_open:  # ended before we believed it (or never there): nothing is owed
+            since = self._over.setdefault(place, head)
+            if terms.valid_until_s <= head.timestamp_s or await self._is_settled(head, since, final_number):
+                log.info("chain.over_before_believed", session=short(terms.session_id))
+                self._forget(place, terms)
+            return
+        self._over.pop(place, None)
+        if not self._agrees(state, terms):
+            raise self._distrust(
+                "chain.forged_log", session=short(terms.session_id), block=terms.block_number
+            )
+        self._accept(ev.ConnectedBelieved(self._engine.at_s, terms.session_id, terms.block_hash))
+        self._take_closing(terms, state)  # its log came before there was a session to tell
+
+    async def _is_settled(self, head: Header, since: Header, final_number: int) -> bool:
+        """A reorganisation could undo an end that is not final, and the session would be there again."""
+        return since.number <= final_number and bool(
+            await self._is_canonical(head, since.number, since.block_hash)
+        )
+
+    def _forget(self, place: Place, terms: Terms) -> None:
+        if len(self._forgotten) >= FORGOTTEN_MAX:
+            del self._forgotten[next(iter(self._forgotten))]
+        self._forgotten[place] = None
+        self._over.pop(place, None)
+        self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
+
+    def _take_closing(self, terms: Terms, state: contract.SessionState) -> bool:
+        if state.status is not contract.SessionStatus.CLOSING:
+            return False
+        return self._engine.accept(
+            ev.ConnectionClosingSeen(self._engine.at_s, terms.session_id, state.claimed_wh, state.settle_at_s)
+        )
+
+    async def _require_no_hidden_close(self, head: Header, session: Session) -> None:
+        """The logs are read; where the state shows a close that they do not, somebody left it out."""
+        if session.stage not in STOPPABLE or session.closing_at_s is not None or session.ended is not None:
+            return
+        state = await self._state(head, session.terms)
+        if state.is_open and not self._take_closing(session.terms, state):
+            return
+        self._unread = session.terms.block_number  # read again, by whoever is asked next, from its beginning
+        raise self._distrust("chain.hidden_close", session=short(session.session_id), block=head.number)
 
     @staticmethod
     def _agrees(state: contract.SessionState, terms: Terms) -> bool:
@@ -274,10 +367,11 @@ class ChainWatch:
     async def _recheck(self, head: Header, session: Session, final_number: int) -> None:
         terms = session.terms
         if not session.final and session.stage is not Stage.ORPHANED:
-            if not await self._is_canonical(terms.block_number, terms.block_hash):
+            canonical = await self._is_canonical(head, terms.block_number, terms.block_hash)
+            if canonical is False:
                 self._accept(ev.ConnectedOrphaned(self._engine.at_s, terms.session_id, terms.block_hash))
                 return
-            if terms.block_number <= final_number:
+            if canonical and terms.block_number <= final_number:
                 self._accept(ev.ConnectedFinal(self._engine.at_s, terms.session_id, terms.block_hash))
         await self._recheck_ended(session, final_number)
 
@@ -292,11 +386,16 @@ class ChainWatch:
         elif receipt.block_number <= final_number:
             self._accept(ev.ConnectionEndedBelieved(self._engine.at_s, session.session_id, ended.block_hash))
 
-    def _note_scanned(self, head: Header) -> None:
-        """The cursor becomes a row only now and then; it may lag, because every look reads an overlap."""
-        book = self._engine.book
-        if book.scanned_number < 0 or abs(head.number - book.scanned_number) >= SCAN_ROW_EVERY_BLOCKS:
-            self._accept(ev.BlocksScanned(self._engine.at_s, head.number, head.block_hash))
+    def _note_scanned(self, on_chain: bool) -> None:
+        """The cursor goes to the head of the look before, so that whatever this look read for the first time is read again.
+        It becomes a row only now and then; it may lag, because every look reads on from it.
+        """
+        scanned, book = self._looked, self._engine.book
+        if scanned is None:
+            return
+        far = abs(scanned.number - book.scanned_number) >= SCAN_ROW_EVERY_BLOCKS
+        if far or book.scanned_number < 0 or not on_chain:
+            self._accept(ev.BlocksScanned(self._engine.at_s, scanned.number, scanned.block_hash))
 
     def _accept(self, event: ev.Event) -> None:
         self._engine.accept(event)

@@ -463,6 +463,10 @@ class SimNode:
         """EIP-155."""
         return await self._ask("chain_id", lambda blocks: self._chain.market.domain.chain_id)  # noqa: ARG005
 
+    async def genesis_hash(self):
+        """Of block 0."""
+        return await self._ask("genesis_hash", lambda blocks: blocks[0].block_hash)
+
     async def head(self):
         """The newest block of the backend that answers."""
         return await self._ask("head", lambda blocks: blocks[-1].header)

@@ -84,8 +84,8 @@ MUTANTS = {
     "cursor advanced before its logs": (
         Slip(
             WATCH + "ChainWatch.look",
-            "    for raw in await self._logs_up_to(head):",
-            "    first = await self._logs_up_to(head)\n    self._note_scanned(head)\n    for raw in first:",
+            "    on_chain = await self._read(head)",
+            "    self._looked = head\n    self._note_scanned(on_chain=True)\n    on_chain = await self._read(head)",
         ),
         Slip("agent.runners.chain_watch:OVERLAP_BLOCKS", "16", "-1"),
         Slip("agent.runners.chain_watch:SCAN_ROW_EVERY_BLOCKS", "64", "1"),
@@ -100,8 +100,8 @@ MUTANTS = {
     "orphans are not noticed": (
         Slip(
             WATCH + "ChainWatch._is_canonical",
-            "header is not None and header.block_hash == block_hash",
-            "header is not None",
+            "return await self._hash_at(number) == block_hash",
+            "return True",
         ),
     ),
     "settled before it is final": (

@@ -10,7 +10,7 @@ from agent.chain import contract
 from agent.core import events as ev
 from agent.core.session import Stage
 from agent.core.token import NO_ACK
-from agent.core.units import Token
+from agent.core.units import BlockHash, Token
 from agent.engine import Engine
 from agent.runners.chain_watch import ChainWatch, WatchSettings
 
@@ -251,20 +251,61 @@ async def becomes(engine: Engine, true: object, timeout_s: float = 40) -> None:
                 continue
 
 
+async def over_before_believed(bazaar: Bazaar, runner: ChainWatch) -> contract.SessionOpened:
+    """A session that its consumer ends in the block after it began."""
+    opened = await bazaar.connects()
+    await runner.look()
+    everything = contract.encode_end_connection(opened.token, opened.energy_wh, NO_ACK)
+    await bazaar.send(bazaar.consumer.signer, everything)
+    return opened
+
+
 async def test_a_session_that_is_over_before_we_believe_it_is_forgotten_once(tmp_path: Path) -> None:
     """Would catch a `connect` that waits for belief for ever, or is seen and forgotten anew with every head."""
     async with Bazaar(tmp_path) as bazaar:
         engine = bazaar.engine()
         runner = watch(bazaar, engine)
-        opened = await bazaar.connects()
-        await runner.look()
-        assert opened.session_id in engine.book.pending
-        everything = contract.encode_end_connection(opened.token, opened.energy_wh, NO_ACK)
-        await bazaar.send(bazaar.consumer.signer, everything)
+        opened = await over_before_believed(bazaar, runner)
         bazaar.net.mine(CONFIRMATIONS)
         await runner.look()
+        assert opened.session_id in engine.book.pending, "its end is not final yet"
+        bazaar.net.mine(FINAL_DEPTH)
+        await runner.look()
         assert opened.session_id not in engine.book.pending
+        bazaar.net.mine(1)
+        await runner.look()
         rows = len(bazaar.rows())
         bazaar.net.mine(2)
         await runner.look()
         assert (len(bazaar.rows()), dict(engine.book.sessions)) == (rows, {})
+
+
+async def test_an_end_that_is_undone_before_we_believed_the_session_leaves_the_session(
+    tmp_path: Path,
+) -> None:
+    """Would catch a session forgotten because of an end that a reorganisation took back: its energy would be refused."""
+    async with Bazaar(tmp_path) as bazaar:
+        engine = bazaar.engine()
+        runner = watch(bazaar, engine)
+        opened = await over_before_believed(bazaar, runner)
+        bazaar.net.mine(CONFIRMATIONS - 1)
+        await runner.look()
+        assert not engine.book.sessions
+        bazaar.net.evm.drop(CONFIRMATIONS)  # the end and what came after it
+        bazaar.net.evm._pool.clear()
+        bazaar.net.mine(CONFIRMATIONS + 1)
+        await runner.look()
+        assert engine.book.sessions[opened.session_id].terms.token == opened.token
+
+
+async def test_two_sessions_of_one_block_are_two(tmp_path: Path) -> None:
+    """Would catch events told apart by their block alone: one that is over would take its neighbour with it."""
+    async with Bazaar(tmp_path) as bazaar:
+        engine = bazaar.engine()
+        runner = watch(bazaar, engine)
+        opened = await bazaar.connects()
+        block = bazaar.net.evm.head.block_hash
+        bazaar.net.mine(CONFIRMATIONS)
+        runner._forgotten[BlockHash(block), 10**6] = None
+        await runner.look()
+        assert list(engine.book.sessions) == [opened.session_id]
