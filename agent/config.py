@@ -463,7 +463,16 @@ class ConsumerPolicyConfig(Section):
     tolerance_permille: int = Field(
         20, ge=0, le=200, description="Their meter may differ this much from ours"
     )
-    pre_sign_wh: int = Field(0, ge=0, le=10_000, description="Energy we acknowledge before we received it")
+    pre_sign_wh: int = Field(
+        25,
+        ge=0,
+        le=10_000,
+        description="Signed beyond what our meter, or you, confirm: what a relay could cost",
+    )
+    own_meter: FilePath | None = Field(
+        None,
+        description="A file that always holds our car's own counter, in whole Wh; without it you are asked",
+    )
     power_w_max: int = Field(
         22_000, ge=1, le=1_000_000, description="More than this cannot have flowed into our car"
     )

@@ -492,7 +492,7 @@ class Stage:
             account=self.consumer.signer,
             journal=journal,
             market=ConsumersMarket(self.node, sender, self.domain, journal),
-            limits=SigningLimits(power_w_max=25_000),
+            limits=SigningLimits(power_w_max=25_000, pre_sign_wh=10_000),
             now_ms=lambda: time.monotonic_ns() // 1_000_000,
             sref=self.consumer_sref,
             tell=tell,

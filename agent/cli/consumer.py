@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Command = Callable[..., Any]
 BAR_WIDTH = 24
+OWN_METER_CHARS_MAX = 20  # a 64-bit number; a file that is something else must not be read as a larger one
+QUESTION = "Their meter runs. Is it your car that charges? Enter: yes, sign on. n: no, stop. Until then nothing more is signed."
+QUESTION_TO_NOBODY = (
+    "Their meter runs. Is it your car that charges? Nothing more is signed until you say so: "
+    "the same command again with --confirmed, or else `v2v consumer end`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Wishes:
     token_validity_s: int | None = None
     port: str = ""
     provider_http: str = ""
+    confirmed: bool = False
 
 
 def _settings(command: Command) -> Command:
@@ -80,6 +87,7 @@ _ORDER = (
 _PLUG = (
     click.option("--port", default="", help="The name at the plug, where the provider has several."),
     click.option("--provider-http", default="", metavar="URL", help="Its local door, instead of the broker."),
+    click.option("--confirmed", is_flag=True, help="You see your car charging: sign without asking you."),
 )
 
 
@@ -352,11 +360,31 @@ async def _opened(settings: ConsumerConfig, port: str, screen: _Screen) -> Async
                     tolerance_permille=policy.tolerance_permille,
                     pre_sign_wh=policy.pre_sign_wh,
                 ),
+                own_register_wh=_own_meter(policy.own_meter),
                 now_ms=lambda: time.monotonic_ns() // 1_000_000,
                 sref=_sref(settings, journal),
                 tell=screen,
                 port=port,
             )
+
+
+def _own_meter(path: Path | None) -> Callable[[], int | None]:
+    """Our car's own counter in Wh, from a file that whatever reads the car keeps current. None while it says nothing: then the
+    driver is asked.
+    """
+
+    def read() -> int | None:
+        if path is None:
+            return None
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                word = file.read(OWN_METER_CHARS_MAX + 1).strip()
+        except OSError:
+            return None
+        fits = len(word) <= OWN_METER_CHARS_MAX and word.isascii() and word.isdecimal()
+        return int(word) if fits else None
+
+    return read
 
 
 def _sref(settings: ConsumerConfig, journal: ConsumerJournal) -> str:
@@ -401,8 +429,32 @@ async def _at_the_plug(
             _carrier(settings, wishes, journey.sref) as carrier,
         ):
             buying = asyncio.ensure_future(act(journey, carrier))
-            with _interruptible(journey, screen, buying):
+            if wishes.confirmed:
+                journey.confirmed.set()
+            with _interruptible(journey, screen, buying), _answerable(journey, screen):
                 return await buying
+
+
+@contextlib.contextmanager
+def _answerable(journey: Journey, screen: _Screen) -> Iterator[None]:
+    """While the driver is asked whether the car charges, a line typed is the answer: Enter or y is yes, n stops."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def typed() -> None:
+        line = sys.stdin.readline()
+        answer = line.strip().lower()
+        if not line or not screen.asking:
+            return  # Ctrl-D says nothing; and what is typed too early is no answer: the question must have been read
+        (journey.confirmed if answer in ("", "y", "yes") else journey.stop).set()
+
+    loop.add_reader(sys.stdin, typed)
+    try:
+        yield
+    finally:
+        loop.remove_reader(sys.stdin)
 
 
 @contextlib.contextmanager
@@ -444,6 +496,7 @@ class _Screen:
 
     def __init__(self) -> None:
         self.charging = False
+        self.asking = False
         self._live: Any = None
         self._said = ""
 
@@ -463,6 +516,9 @@ class _Screen:
     def __call__(self, progress: Progress) -> None:
         """Show one moment."""
         self.charging = progress.step == "charge"
+        if progress.asks_driver and not self.asking:
+            self._ask()
+        self.asking = progress.asks_driver
         if self._live is not None:
             from rich.text import Text
 
@@ -472,6 +528,13 @@ class _Screen:
         elif progress.words != self._said:
             click.echo(progress_line(progress), err=True)
         self._said = progress.words
+
+    def _ask(self) -> None:
+        """Said once, and left standing above the live line."""
+        if self._live is not None:
+            self._live.console.print(QUESTION)
+        else:
+            click.echo(QUESTION if sys.stdin.isatty() else QUESTION_TO_NOBODY, err=True)
 
 
 def progress_line(progress: Progress) -> str:

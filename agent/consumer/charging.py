@@ -5,6 +5,8 @@ Rules
   until it is acknowledged. Receipts are cumulative, so only the newest matters.
 * Readings count in the order of their `seq`: an older one, however well signed, is a replay.
 * What the provider says about the end is a hint. The session is over when the chain says so.
+* What could not be signed yet (our meter lags, our driver was not asked) is looked at again at every tick: a provider that has
+  paused sends no newer reading.
 * Wrong readings that do not go away end the session: nothing more is signed and the provider is asked to stop.
 
 May not know: transports, how the session began.
@@ -16,9 +18,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from agent.consumer.journal import ReceiptSigned
+from agent.consumer.journal import CarConfirmed, ReceiptSigned
 from agent.consumer.plug import Plug, Settlement, Step, TokenChanged
-from agent.consumer.policy import Patience, Reason, Sign, Situation, decide
+from agent.consumer.policy import Decline, Patience, Reason, Sign, Situation, decide
 from agent.core import token as rules
 from agent.core.messages import (
     AckMessage,
@@ -52,17 +54,21 @@ class Charged:
 
 @dataclass(slots=True)
 class Charging:
-    """One session's readings and receipts. `own_wh` is what our own car measured, None where it cannot."""
+    """One session's readings and receipts. `own_wh` is what our own car measured, None where it cannot; then `confirmed`, set
+    when our driver says that our car is charging.
+    """
 
     plug: Plug
     stop: asyncio.Event
     own_wh: Callable[[], int | None] = lambda: None
+    confirmed: asyncio.Event = field(default_factory=asyncio.Event)
     _seq: int = -1
     _reading: ReadingMessage | None = None
     _acked_wh: int = 0
     _stage: str = ""
     _final: Final | None = None
     _status_reason: str = ""
+    _declined: Reason | None = None  # why the newest reading is not signed
     _distrust: Reason | None = None  # set once and for all: nothing more is signed
     _patience: Patience = field(default_factory=Patience)
     _trouble: str = ""
@@ -150,9 +156,21 @@ class Charging:
     # ---- receipts
 
     async def _sign_for(self, reading: ReadingMessage) -> None:
+        """A receipt for this reading, or the reason why there is none."""
+        now_ms = self.plug.now_ms()
+        decision = self._decision(reading, now_ms)
+        self._patience = self._patience.after(decision, now_ms)
+        self._declined = decision.reason if isinstance(decision, Decline) else None
+        if self._declined not in (None, Reason.NOTHING_NEW):
+            self.plug.odd = Refused(str(self._declined), f"their meter says {reading.delivered_wh} Wh")
+        if isinstance(decision, Sign) and self._distrust is None:
+            await self._sign(decision.energy_wh)
+
+    def _decision(self, reading: ReadingMessage, now_ms: int) -> Sign | Decline:
         plug, errand = self.plug, self.plug.errand
-        now_ms = plug.now_ms()
-        decision = decide(
+        if self.confirmed.is_set() and not errand.is_confirmed:
+            plug.journal.write(CarConfirmed(plug.journal.at_s))
+        return decide(
             plug.limits,
             Situation(
                 energy_wh_ordered=plug.terms.energy_wh_ordered,
@@ -160,17 +178,16 @@ class Charging:
                 reading_wh=reading.delivered_wh,
                 elapsed_ms=now_ms - self._presented_ms,
                 own_wh=self.own_wh(),
+                confirmed=plug.errand.is_confirmed,
             ),
         )
-        self._patience = self._patience.after(decision, now_ms)
-        if self._patience.reason is not None:
-            plug.odd = Refused(self._patience.reason, f"their meter says {reading.delivered_wh} Wh")
-        if not isinstance(decision, Sign) or self._distrust is not None:
-            return
-        receipt = rules.Receipt(plug.terms.session_id, decision.energy_wh)
+
+    async def _sign(self, energy_wh: int) -> None:
+        plug = self.plug
+        receipt = rules.Receipt(plug.terms.session_id, energy_wh)
         signature = plug.session_key.sign_digest(rules.digest(plug.domain, receipt))
         message = encode(ReceiptMessage(receipt.session_id, receipt.delivered_wh, signature))
-        plug.journal.write(ReceiptSigned(plug.journal.at_s, decision.energy_wh, message))
+        plug.journal.write(ReceiptSigned(plug.journal.at_s, energy_wh, message))
         await self._repeat()
 
     async def _repeat(self) -> None:
@@ -180,10 +197,22 @@ class Charging:
         if receipt is not None:
             await self.plug.carrier.post("receipt", receipt.message)
 
+    async def _ask_again(self) -> None:
+        """Say what is known already: a provider that must repeat itself sees that we missed something, and says all of it again.
+        A phone that slept, or started anew, has no reading to sign for otherwise.
+        """
+        if self.plug.errand.receipt is not None:
+            await self._repeat()
+        elif self.plug.errand.presented is not None:
+            self._posted_ms = self.plug.now_ms()
+            await self.plug.carrier.post("present", self.plug.errand.presented.message)
+
     # ---- time
 
     async def _tick(self) -> Settlement | None:
         now_ms, waits = self.plug.now_ms(), self.plug.waits
+        if self._reading is not None and self._declined not in (None, Reason.NOTHING_NEW):
+            await self._sign_for(self._reading)
         if self._distrust is None and self._patience.is_over(now_ms):
             self._distrust = self._patience.reason
             self._show(f"stopping: {self._distrust}")
@@ -192,6 +221,8 @@ class Charging:
                 await self._post_stop()
             elif self.plug.errand.energy_wh_signed > self._acked_wh:
                 await self._repeat()
+        if now_ms - max(self._alive_ms, self._posted_ms) >= waits.quiet_s * 1000:
+            await self._ask_again()
         if now_ms - self._alive_ms >= waits.silence_s * 1000:
             raise self._silent()
         return self._chain_news(now_ms)
@@ -273,4 +304,5 @@ class Charging:
             energy_wh_delivered=0 if reading is None else reading.delivered_wh,
             power_w=0 if reading is None else reading.power_w,
             energy_wh_acked=self._acked_wh,
+            asks_driver=self._declined is Reason.UNCONFIRMED,
         )

@@ -103,6 +103,21 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnMeterRead:
+    """What our car's own counter showed before we presented: no energy of this session is in it."""
+
+    at_s: int
+    register_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class CarConfirmed:
+    """Our driver said that our car is charging. It is asked once."""
+
+    at_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiptSigned:
     """A receipt, byte for byte, before it is first sent."""
 
@@ -134,6 +149,8 @@ Fact = (
     | Matched
     | Presented
     | Accepted
+    | OwnMeterRead
+    | CarConfirmed
     | ReceiptSigned
     | Conceded
     | Closed
@@ -152,6 +169,8 @@ class Errand:
     presented: Presented | None = None
     presented_at_s: int | None = None  # when we first presented this session: no energy before
     accepted: Accepted | None = None
+    own_register_wh_begin: int | None = None
+    is_confirmed: bool = False
     receipt: ReceiptSigned | None = None
     energy_wh_conceded: int = 0
     closed: Closed | None = None
@@ -193,6 +212,10 @@ def step(errand: Errand | None, fact: Fact) -> Errand | None:
             return replace(errand, presented=fact, presented_at_s=first_s, accepted=None)
         case Accepted():
             return replace(errand, accepted=fact)
+        case OwnMeterRead():
+            return replace(errand, own_register_wh_begin=fact.register_wh)
+        case CarConfirmed():
+            return replace(errand, is_confirmed=True)
         case ReceiptSigned():
             assert fact.energy_wh > errand.energy_wh_signed, "a receipt never falls"
             return replace(errand, receipt=fact)

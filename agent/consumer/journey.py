@@ -28,6 +28,7 @@ from agent.consumer.journal import (
     Errand,
     Matched,
     OrderPlaced,
+    OwnMeterRead,
     TransactionMined,
 )
 from agent.consumer.market import Market
@@ -123,7 +124,10 @@ class Journey:
     tell: Tell = lambda _progress: None
     waits: Waits = field(default_factory=Waits)
     port: str = ""
-    own_wh: Callable[[], int | None] = lambda: None
+    own_register_wh: Callable[[], int | None] = lambda: (
+        None
+    )  # our car's own counter; None: it shows none (now)
+    confirmed: asyncio.Event = field(default_factory=asyncio.Event)  # our driver sees our car charging
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     # ---- the whole way
@@ -314,8 +318,19 @@ class Journey:
             tell=self.tell,
             now_ms=self.now_ms,
         )
+        self._read_own_meter()
         await Meeting(plug, self.port).meet()
-        return await Charging(plug, self.stop, self.own_wh).charge()
+        return await Charging(plug, self.stop, self._own_wh, self.confirmed).charge()
+
+    def _read_own_meter(self) -> None:
+        """Where our counter stood before any energy could flow; once a session, on disk."""
+        register_wh = self.own_register_wh()
+        if register_wh is not None and self._errand().own_register_wh_begin is None:
+            self.journal.write(OwnMeterRead(self.journal.at_s, register_wh))
+
+    def _own_wh(self) -> int | None:
+        register_wh, begin_wh = self.own_register_wh(), self._errand().own_register_wh_begin
+        return None if register_wh is None or begin_wh is None else max(0, register_wh - begin_wh)
 
     def _session_key(self, session_id: SessionId) -> Signer:
         """The session's ephemeral key; made once, and the same one after a crash."""

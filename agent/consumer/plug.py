@@ -58,6 +58,7 @@ class Progress:
     energy_wh_acked: int = 0
     power_w: int = 0
     cost_wei: int = 0  # of what is signed so far
+    asks_driver: bool = False  # nothing more is signed until the driver says that our car is charging
 
 
 Tell = Callable[[Progress], None]
@@ -116,6 +117,7 @@ class Waits:
     meeting_s: float = 600  # for its acceptance: it waits for confirmations, maybe for another car to leave
     knock_s: float = 0.5  # before an unanswered presentation goes out again; and then ever later
     resend_s: float = 2  # before a receipt or stop that nobody acknowledged goes out again
+    quiet_s: float = 5  # without a word from the provider before it is asked to say everything again
     chain_poll_s: float = 2  # between two looks at the chain
     silence_s: float = 300  # for any sign of life while the session is open
     final_s: float = 15  # for the provider's records, once the chain says that it is settled

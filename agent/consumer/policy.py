@@ -2,7 +2,9 @@
 
 Rules
 * A receipt is money. It never falls, never exceeds the order, the provider's signed reading, what our car can have taken
-  since we presented the token, or what our own meter saw (within a tolerance, where there is one).
+  since we presented the token, or what our own meter saw (within a tolerance).
+* Where our car shows no meter, its driver must say that *it* is charging: the plug we presented at may be another one than
+  ours (a relay, docs/fair-exchange.md). Before that, no more than the allowance `pre_sign_wh` is signed.
 * Too much claimed is not signed "up to the limit": nothing is signed, and the reason has a name. What was signed before
   stays signed, the provider pauses at its own credit limit, and `Patience` ends the session.
 * Integers only; times are arguments.
@@ -25,6 +27,7 @@ class Reason(StrEnum):
     FASTER_THAN_POSSIBLE = "faster_than_possible"  # our car cannot have taken that much since we presented
     ABOVE_OWN_METER = "above_own_meter"  # our own meter saw less, beyond the tolerance
     ABOVE_ORDER = "above_order"  # more than one meter step above what we ordered
+    UNCONFIRMED = "unconfirmed"  # beyond the allowance, and neither car nor driver has confirmed that it is we who charge
 
 
 # A provider whose readings are wrong in one of these ways is either broken or lying; neither gets better by waiting long.
@@ -37,9 +40,10 @@ class SigningLimits:
 
     power_w_max: int = 22_000  # nothing flows faster into this car
     step_wh: int = 10  # the coarsest step of a billing meter, and the reading's way to us
-    tolerance_permille: int = 50  # their meter against ours: cable and AC/DC losses, both meters' classes ...
-    tolerance_wh: int = 20  # ... and what is too little to measure
-    pre_sign_wh: int = 0  # beyond our own meter (a phone that sleeps); never beyond the provider's reading
+    tolerance_permille: int = 50  # their meter against ours: cable and AC/DC losses, both meters' classes
+    pre_sign_wh: int = (
+        25  # the allowance: beyond what our meter or our driver confirms; never beyond the provider's reading
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Situation:
     reading_wh: int  # newest reading, its signature verified
     elapsed_ms: int  # since we presented the token: no energy can have flowed before
     own_wh: int | None = None  # what our own car measured; None: it cannot
+    confirmed: bool = False  # our driver sees our car charging
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def energy_wh_possible(limits: SigningLimits, elapsed_ms: int) -> int:
 
 def energy_wh_tolerated(limits: SigningLimits, own_wh: int) -> int:
     """The most that we sign when our own meter shows `own_wh`."""
-    return own_wh * (1000 + limits.tolerance_permille) // 1000 + limits.tolerance_wh + limits.pre_sign_wh
+    return own_wh * (1000 + limits.tolerance_permille) // 1000 + limits.pre_sign_wh
 
 
 def decide(limits: SigningLimits, now: Situation) -> Sign | Decline:
@@ -89,6 +94,8 @@ def decide(limits: SigningLimits, now: Situation) -> Sign | Decline:
         return Decline(Reason.FASTER_THAN_POSSIBLE)
     if now.own_wh is not None and energy_wh > energy_wh_tolerated(limits, now.own_wh):
         return Decline(Reason.ABOVE_OWN_METER)
+    if now.own_wh is None and not now.confirmed and energy_wh > limits.pre_sign_wh:
+        return Decline(Reason.UNCONFIRMED)
     return Sign(energy_wh)
 
 

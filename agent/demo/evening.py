@@ -264,6 +264,7 @@ async def _buy(stage: _Stage, tell: Any) -> JourneySummary:
         journal=journal,
         market=ConsumersMarket(stage.node, sender, stage.domain, journal),
         limits=SigningLimits(power_w_max=25_000),
+        own_register_wh=lambda: _received_mwh(stage) // 1000,  # the car measures for itself
         now_ms=lambda: int(asyncio.get_running_loop().time() * 1000),
         sref=sref,
         tell=tell,
@@ -274,6 +275,11 @@ async def _buy(stage: _Stage, tell: Any) -> JourneySummary:
             return await journey.charge(order, carrier)
     finally:
         journal.close()
+
+
+def _received_mwh(stage: _Stage) -> int:
+    """What truly came out of whichever charger delivers: there is one car."""
+    return sum(one.truth().delivered_mwh for one in stage.simulators.values())
 
 
 async def _bid(stage: _Stage, one: setup.Provider, rate_wei_per_kwh: int) -> Moment:

@@ -239,7 +239,7 @@ def consumer_loses_little(world):
         settled_wh, _ = world.chain.state.ended.get(token, (0, 0))
         received_wh = world.true_mwh(sid) // 1000
         limits = consumer._limits
-        bound_wh = received_wh * (1000 + limits.tolerance_permille) // 1000 + limits.tolerance_wh
+        bound_wh = received_wh * (1000 + limits.tolerance_permille) // 1000 + limits.pre_sign_wh
         promise(settled_wh <= max(bound_wh, world.chain.state.conceded.get(token, 0)), "the consumer overpays",
                 settled=settled_wh, received=received_wh, who=consumer.sref)  # fmt: skip
 

@@ -27,7 +27,11 @@ from agent.core import token as rules
 from agent.core.messages import AckMessage, Refusal, decode
 from agent.errors import Transient
 
-QUICK = SigningLimits(step_wh=1_000)  # a test's energy flows in no time
+QUICK = SigningLimits(
+    step_wh=1_000, pre_sign_wh=1_000
+)  # a test's energy flows in no time, and its driver trusts
+
+STRICT = SigningLimits(step_wh=1_000)  # nobody has confirmed anything
 
 
 class Story:
@@ -173,13 +177,65 @@ async def test_an_over_reporting_provider_gets_nothing_and_is_stopped_by_name(tm
 
 async def test_our_own_meter_is_a_bound(tmp_path):
     """Would catch a relay: energy that another car received."""
-    async with charging(tmp_path, own_wh=lambda: 0) as story:
+    async with charging(tmp_path, limits=STRICT, own_wh=lambda: 0) as story:
         story.read(20)
         await eventually(lambda: story.provider.acked_wh == 20)
         story.read(60)
         await eventually(lambda: story.plug.odd is not None)
         assert story.plug.odd.reason == "above_own_meter"
         assert story.signed_wh == 20
+
+
+async def test_what_our_own_meter_shows_late_is_signed_without_another_reading(tmp_path):
+    """Would catch a deadlock: the provider has paused and says nothing new, and our slow meter has caught up meanwhile."""
+    own_wh = 0
+    async with charging(tmp_path, limits=STRICT, own_wh=lambda: own_wh) as story:
+        story.read(60)
+        await eventually(lambda: story.plug.odd is not None)
+        assert story.signed_wh == 0
+        own_wh = 58
+        await eventually(lambda: story.provider.acked_wh == 60)
+
+
+async def test_a_car_without_a_meter_signs_no_more_than_the_allowance_until_its_driver_confirms(tmp_path):
+    """Would catch a relay to a car without a meter; a driver who is not asked; and one whose word is asked for again."""
+    async with charging(tmp_path, limits=STRICT) as story:
+        story.read(25)
+        await eventually(lambda: story.provider.acked_wh == 25)
+        assert not any(told.asks_driver for told in story.plug.tell)
+        story.read(26)
+        await eventually(lambda: story.plug.tell[-1].asks_driver)
+        assert story.signed_wh == 25
+        assert story.plug.odd.reason == "unconfirmed"
+        story.charging.confirmed.set()
+        await eventually(lambda: story.provider.acked_wh == 26)
+        story.read(90)
+        await eventually(lambda: story.provider.acked_wh == 90)
+        assert not story.plug.tell[-1].asks_driver
+    story.plug.journal.close()
+
+    journal = opened_journal(tmp_path, story.provider.terms, clock=lambda: NOW_S + 60.0)
+    plug = plugged(tmp_path, story.carrier, story.chain, limits=STRICT, journal=journal)
+    story.task = asyncio.create_task(Charging(plug, asyncio.Event()).charge())
+    story.read(150)
+    await eventually(lambda: story.provider.acked_wh == 150)
+    await story.ended(150)
+
+
+async def test_a_phone_that_slept_asks_for_what_it_missed(tmp_path):
+    """Would catch a session that ends after two minutes although the driver's phone woke up in time: the provider has paused,
+    and said its last reading into the void.
+    """
+    async with charging(tmp_path, waits=replace(FAST, quiet_s=0.1)) as story:
+        await eventually(lambda: len(story.provider.presented) >= 2)
+        assert len(set(story.provider.presented)) == 1, (
+            "the very same presentation: a repeat is answered, not judged anew"
+        )
+        story.read(10)
+        await eventually(lambda: story.provider.acked_wh == 10)
+        known = len(story.provider.receipts)
+        await eventually(lambda: len(story.provider.receipts) > known)
+        assert len(set(story.provider.receipts)) == 1
 
 
 async def test_the_driver_may_stop_early_and_the_request_is_repeated(tmp_path):
@@ -216,11 +272,12 @@ async def test_after_a_crash_the_newest_receipt_goes_out_again(tmp_path):
 
 async def test_time_before_a_restart_counts_for_what_can_have_flowed(tmp_path):
     """Would catch a restart that makes an honest provider look impossibly fast: 200 Wh after one minute."""
-    async with charging(tmp_path, limits=SigningLimits(power_w_max=22_000)) as story:
+    async with charging(tmp_path, limits=SigningLimits(pre_sign_wh=1_000)) as story:
         pass
     story.plug.journal.close()
     journal = opened_journal(tmp_path, story.provider.terms, clock=lambda: NOW_S + 60.0)
-    plug = plugged(tmp_path, story.carrier, story.chain, journal=journal)
+    limits = SigningLimits(pre_sign_wh=1_000)
+    plug = plugged(tmp_path, story.carrier, story.chain, limits=limits, journal=journal)
     story.task = asyncio.create_task(Charging(plug, asyncio.Event()).charge())
     story.read(200)
     await eventually(lambda: story.provider.acked_wh == 200)

@@ -7,11 +7,13 @@ from scripted_provider import CONSUMER, DOMAIN, terms_of
 
 from agent.consumer.journal import (
     Accepted,
+    CarConfirmed,
     Closed,
     Conceded,
     ConsumerJournal,
     Matched,
     OrderPlaced,
+    OwnMeterRead,
     Presented,
     ReceiptSigned,
     TransactionMined,
@@ -30,6 +32,8 @@ STORY = [
     Matched(4, TERMS),
     Presented(5, b'{"type":"present"}', b"\x03" * 32),
     Accepted(6, b'{"type":"accept"}'),
+    OwnMeterRead(6, 12_345),
+    CarConfirmed(7),
     ReceiptSigned(7, 10, b'{"deliveredWh":10}'),
     ReceiptSigned(8, 25, b'{"deliveredWh":25}'),
     Conceded(9, 25),
@@ -150,7 +154,7 @@ def test_a_row_of_another_version_stops_us(tmp_path, kind, body):
     db.execute("INSERT INTO facts VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
     db.commit()
     db.close()
-    with pytest.raises(Misconfigured, match="row 10"):
+    with pytest.raises(Misconfigured, match=f"row {len(STORY) + 1}"):
         opened(tmp_path)
 
 

@@ -76,7 +76,7 @@ def consumers(folder, car, carrier, terms):
         carrier=carrier,
         journal=journal,
         chain=PlayedChain(signers_now=frozenset({car.provider.address}), at_s=car.engine.live.at_s),
-        limits=SigningLimits(step_wh=1_000),
+        limits=SigningLimits(step_wh=1_000, pre_sign_wh=1_000),
         waits=FAST,
         tell=Told(),
         now_ms=lambda: time.monotonic_ns() // 1_000_000,
