@@ -69,16 +69,15 @@ MUTANTS = {
     "broadcast before journaling": (
         Slip(
             SEND + "ChainSend._sign",
-            "    if effect in self._engine.owed():",
-            "    await self._sender.broadcast(signed.raw_tx)\n    if effect in self._engine.owed():",
+            "    if self._is_owed(effect):",
+            "    await self._sender.broadcast(signed.raw_tx)\n    if self._is_owed(effect):",
         ),
     ),
     "a replacement takes a new nonce": (
         Slip(
-            SEND + "ChainSend._replace",
-            "self._journal(session_id",
-            "replaced = await self._sender.prepare(self._contract, contract.encode_end_connection(session.terms.token, "
-            "session.energy_wh_acked, session.ack), nonce=signed.nonce + 1)\n    self._journal(session_id",
+            SEND + "ChainSend._is_replaced",
+            "    if self._is_owed(effect):",
+            "    replaced = await self._prepared(session, session.settlement.nonce + 1)\n    if self._is_owed(effect):",
         ),
     ),
     "cursor advanced before its logs": (
