@@ -3,7 +3,8 @@
 Rules (BRIDGE, the wire)
 * pymodbus takes a late reply as the answer to any next request, even a late *read* as the acknowledgement of
   a STOP. So its client only connects and carries bytes; `frames.py` judges every answer before it is believed.
-* An answer is one frame and nothing else: on a serial line it is believed only after the silence that ends a frame.
+* An answer is one frame and nothing else: on a serial line it is believed only after a silence that no frame contains
+  (1.5 characters), and the next question leaves only after the one that separates frames (3.5 characters).
 * After any time-out or rejected reply the bus stays silent until nothing came for max(turnaround, 0.5 s).
 * One owner task per bus takes requests by priority, STOP first, and chooses only when the bus may speak again.
 * Nothing is repeated but reads, once; whoever writes decides for himself, after a read-back.
@@ -46,6 +47,7 @@ _HEARD_BYTES_MAX = (
     1024  # an echo and an answer are 520 bytes at most; a babbling line does not fill the memory
 )
 _CHUNK_BYTES_MAX = 1 << 20  # what one read of the system may bring; the library would drop longer ones unseen
+_TURN_S = 0.0002  # an answer is handed over this much before its silence ends: the next question is as long on its way
 _PAUSE_S_MAX = 0.01  # a gap between frames is slept exactly, a quarantine is not
 _QUEUE_MAX = 64  # requests waiting: a caller gone wild is told so instead of filling the memory
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # between attempts to connect (BRIDGE rule 4: at most 2 s)
@@ -473,7 +475,7 @@ class Bus:
             self._silent_until_s = listening.heard_at_s + self._gap_s
             result = listening.verdict()
             if gap_s := self.wire.character_gap_s:  # the next request must keep this silence anyway
-                await _pause_until(listening.heard_at_s + gap_s)
+                await _pause_until(listening.heard_at_s + gap_s - _TURN_S)
                 result = listening.verdict()  # the same, unless more was heard
         except TimeoutError as exc:
             self._unanswered_by(listening)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pty
 
 import pytest
 from faulty_slave import FaultySlave
 
+from firmware_bridge import modbus
 from firmware_bridge.charger import BridgeError, MapError
 from firmware_bridge.modbus import Bus, Buses, Priority, Timing, parse_wire
 
@@ -67,6 +69,24 @@ async def test_a_serial_frame_is_believed_only_after_its_silence():
             assert bus.rejected == 1, "the first answer went on"
         finally:
             await bus.close()
+
+
+@pytest.mark.parametrize("baud", [9_600, 115_200])
+async def test_between_an_answer_and_the_next_question_the_line_is_silent_for_3_5_characters(baud, monkeypatch):
+    """Would catch an answer handed over early whose reader's next question then leaves early, too: devices take both for one."""
+    monkeypatch.setattr(modbus, "_TURN_S", 0.001)  # more than a pty takes to tell, or nobody could see it
+    async with FaultySlave("rtu") as slave:
+        bus = Bus(parse_wire(slave.wire.replace("baud=115200", f"baud={baud}")), FAST)
+        await bus.open()
+        try:
+            for _ in range(40):
+                await bus.read(1, 3, 10, 2)
+        finally:
+            await bus.close()
+        # The slave answers in the moment it has heard, so two questions are at least the silence apart.
+        at_s = [request[0] for request in slave.requests]
+        closest_s = min(later - one for one, later in itertools.pairwise(at_s))
+        assert closest_s >= max(0.00175, 3.5 * 11 / baud)
 
 
 async def test_a_transaction_without_number_is_not_ours():
