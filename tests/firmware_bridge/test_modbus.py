@@ -72,7 +72,9 @@ async def test_a_serial_frame_is_believed_only_after_its_silence():
 
 
 @pytest.mark.parametrize("baud", [9_600, 115_200])
-async def test_between_an_answer_and_the_next_question_the_line_is_silent_for_3_5_characters(baud, monkeypatch):
+async def test_between_an_answer_and_the_next_question_the_line_is_silent_for_3_5_characters(
+    baud, monkeypatch
+):
     """Would catch an answer handed over early whose reader's next question then leaves early, too: devices take both for one."""
     monkeypatch.setattr(modbus, "_TURN_S", 0.001)  # more than a pty takes to tell, or nobody could see it
     async with FaultySlave("rtu") as slave:
