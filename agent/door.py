@@ -1,8 +1,10 @@
 """Where a consumer meets the agent. Messages come in as bytes with a return address, one message goes back; always, and named.
 
-Order of checks (PROTOCOL section 4), cheap before dear: size -> schema -> rate of this source, then of all -> known session
+Order of checks (PROTOCOL section 4), cheap before dear: size -> schema -> rate of this source, then of its crowd -> known session
 -> the very same presentation again? same answer -> nonce live -> canonical signature -> recover. The Hello's nonce is used
 up only after the signer is verified, so a stranger cannot burn it. A refusal consumes nothing and delays nobody else's session.
+A crowd is everybody who speaks of one session over one transport, or over it of none that we expect: a flood on the broker
+keeps nobody out at the web server, and noise about nothing keeps nobody out who holds a real token.
 
 May not know: transports (MQTT, HTTP), disks, the charger's wire. Both transports carry the same messages through one Door.
 """
@@ -13,7 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agent.core import events as ev
 from agent.core import token as rules
@@ -47,12 +49,14 @@ SOURCES_MAX = (
     1024  # rate buckets kept; the least recently seen goes first, so memory stays flat under a flood
 )
 SOURCE_RATE = (10.0, 5.0)  # burst and per second: a receipt per second and retries pass, a flood does not
-GLOBAL_RATE = (200.0, 100.0)  # 100 recoveries a second are under 1 % of a core
+GLOBAL_RATE = (200.0, 100.0)  # of a crowd: 100 recoveries a second are 1 % of a core
+CROWDS_MAX = 256  # sessions at the plug and awaited ones (64 at most), over two transports, and the rest
 PRESENT_EVERY_MS = 10_000  # a new presentation is a journal row: a paying consumer must not fill the disk
 # What fits an MQTT topic level and an HTTP header: no separators, no wildcards.
 SREF_FORM = re.compile(rf"[A-Za-z0-9._~@:=-]{{1,{SREF_LENGTH_MAX}}}")
 READING_INTERVAL_MS = 500
 NEWS_KEPT_S = 24 * 3600  # for how long a closed session's final message is still offered
+_Key = TypeVar("_Key")
 BUSY_STAGES = frozenset({Stage.AUTHORISED, Stage.DELIVERING, Stage.PAUSED, Stage.STOPPING})
 
 
@@ -83,6 +87,19 @@ class _Bucket:
         return True
 
 
+def _bucket(
+    buckets: OrderedDict[_Key, _Bucket], key: _Key, rate: tuple[float, float], kept_max: int, now_ms: int
+) -> _Bucket:
+    """The bucket of this key, full if it is new; beyond `kept_max` the one that was used longest ago is forgotten."""
+    bucket = buckets.get(key)
+    if bucket is None:
+        bucket = buckets[key] = _Bucket(*rate, rate[0], now_ms)
+        if len(buckets) > kept_max:
+            buckets.popitem(last=False)
+    buckets.move_to_end(key)
+    return bucket
+
+
 @dataclass(slots=True)
 class _IssuedHello:
     hello: Hello
@@ -107,7 +124,7 @@ class Door:
         self._random_bytes = random_bytes
         self._hellos: dict[str, list[_IssuedHello]] = {port: [] for port in ports}
         self._sources: OrderedDict[str, _Bucket] = OrderedDict()
-        self._all_sources = _Bucket(*GLOBAL_RATE, GLOBAL_RATE[0], engine.live.now_ms)
+        self._crowds: OrderedDict[tuple[str, SessionId | None], _Bucket] = OrderedDict()
         self._readings: dict[SessionId, tuple[int, ReadingMessage]] = {}
         self._presented_at_ms: dict[
             SessionId, int
@@ -138,10 +155,10 @@ class Door:
     # ---- answers
 
     def answer(self, sref: str, source: str, data: bytes) -> Message:
-        """The one answer to these bytes, from `sref` (the return address), arriving over `source` (who is rate-limited)."""
+        """The one answer to these bytes from `sref`, the return address. `source` is limited: "mqtt:..." or "http:..."."""
         try:
             message = decode(data)
-            self._limit(source, known=self._is_from_its_consumer(sref, message))
+            self._limit(sref, source, message)
             if not SREF_FORM.fullmatch(sref):
                 raise Refused("malformed", "the return address is not 1-64 of A-Z a-z 0-9 . _ ~ @ : = -")
             match message:
@@ -156,24 +173,19 @@ class Door:
         except Refused as refusal:
             return Refusal(refusal.reason, refusal.detail[:128])
 
-    def _is_from_its_consumer(self, sref: str, message: Message) -> bool:
-        """A running session's own messages wait behind nobody: a flood from others must not cost it its receipts (rule 5)."""
-        if not isinstance(message, Present | ReceiptMessage | Stop):
-            return False
-        session = self._engine.book.sessions.get(message.session_id)
-        return session is not None and session.presentation is not None and session.presentation.sref == sref
-
-    def _limit(self, source: str, *, known: bool) -> None:
+    def _limit(self, sref: str, source: str, message: Message) -> None:
         now_ms = self._engine.live.now_ms
-        bucket = self._sources.get(source)
-        if bucket is None:
-            bucket = self._sources[source] = _Bucket(*SOURCE_RATE, SOURCE_RATE[0], now_ms)
-            if len(self._sources) > SOURCES_MAX:
-                self._sources.popitem(last=False)
-        self._sources.move_to_end(source)
-        if not bucket.take(now_ms):
+        if not _bucket(self._sources, source, SOURCE_RATE, SOURCES_MAX, now_ms).take(now_ms):
             raise Refused("rate_limited", "too many messages from here; wait a second")
-        if not known and not self._all_sources.take(now_ms):
+        session_id: SessionId | None = getattr(message, "session_id", None)
+        session = None if session_id is None else self._engine.book.sessions.get(session_id)
+        if session is not None and session.presentation is not None and session.presentation.sref == sref:
+            return  # a session's own consumer waits behind nobody: a flood must not cost it its receipts (rule 5)
+        is_expected = session is not None and session.stage not in CLOSED
+        if session_id is not None and not is_expected and not self._engine.book.awaits_belief(session_id):
+            session_id = None
+        crowd = source.partition(":")[0], session_id
+        if not _bucket(self._crowds, crowd, GLOBAL_RATE, CROWDS_MAX, now_ms).take(now_ms):
             raise Refused("rate_limited", "too many messages altogether; wait a second")
 
     # ---- M1 and M2

@@ -13,36 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Self
 
 import aiomqtt
 
-from agent.consumer.carrier import CONNECT_TIMEOUT_S, INBOX_MAX, Backoff, Inbox, Kind
+from agent.consumer.carrier import CONNECT_TIMEOUT_S, Backoff, Inbox, Kind
 from agent.core.messages import MESSAGE_BYTES_MAX
 from agent.core.units import Address, hex0x
 from agent.errors import Misconfigured, Transient
+from agent.mqtt_client import BrokerAddress as Broker
+from agent.mqtt_client import Heard, new_client, subscribe
 
 PUBLISH_TIMEOUT_S = 5.0  # a broker that takes and never acknowledges
 ENTER_TRIES = 3  # a broker that just restarts is back by then; nobody waits longer to hear that it is down
 NOT_AUTHORISED = (4, 5)  # CONNACK return codes of MQTT 3.1.1: bad user name or password, not authorised
 
-
-@dataclass(frozen=True, slots=True)
-class Broker:
-    """Where the broker is and who we are to it. `password` is never shown."""
-
-    host: str
-    port: int
-    tls: ssl.SSLContext | None = None
-    username: str | None = None
-    password: str | None = None
-    keepalive_s: int = 15
-
-    def __repr__(self) -> str:
-        return f"Broker({self.host}:{self.port})"
+__all__ = ["Broker", "MqttCarrier"]
 
 
 class MqttCarrier:
@@ -127,19 +114,7 @@ class MqttCarrier:
             await asyncio.sleep(backoff.next_s())
 
     def _new_client(self) -> aiomqtt.Client:
-        broker = self._broker
-        return aiomqtt.Client(
-            broker.host,
-            broker.port,
-            username=broker.username,
-            password=broker.password,
-            keepalive=broker.keepalive_s,
-            protocol=aiomqtt.ProtocolVersion.V311,
-            clean_session=True,
-            timeout=CONNECT_TIMEOUT_S,
-            max_queued_incoming_messages=INBOX_MAX,
-            tls_context=broker.tls,
-        )
+        return new_client(self._broker, Heard(), timeout_s=CONNECT_TIMEOUT_S)
 
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
@@ -151,9 +126,7 @@ class MqttCarrier:
         if self._client is None or not self._root:
             return
         with self._noted():
-            await self._client.subscribe(
-                [(f"{self._root}/out/{self._sref}", 1), (f"{self._root}/hello/+", 1)]
-            )
+            await subscribe(self._client, f"{self._root}/out/{self._sref}", f"{self._root}/hello/+")
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:

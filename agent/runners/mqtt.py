@@ -6,7 +6,8 @@ Rules
 * Level-triggered: what should be on the broker is computed anew at every look, and what this connection has not
   carried yet is published. A new connection has carried nothing, so a lost message heals at the next one.
 * A publish without its acknowledgement, or a silent connection, is a broken connection (half-open links exist).
-* What strangers send is bounded before it is looked at: size, queue, messages per turn of the event loop.
+* What strangers send is bounded before it is looked at: size, queue, time per turn of the event loop. Hearing never waits for
+  our answers to be acknowledged, and of a flood only a sample is answered: a refusal for each would be a second flood.
 
 May not know: what messages mean (the door), HTTP, the charger, the chain.
 """
@@ -15,10 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import re
-import ssl
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -27,10 +27,12 @@ import aiomqtt
 import structlog
 
 from agent import views
-from agent.core.messages import MESSAGE_BYTES_MAX, Hello, Message, ReadingMessage, encode
+from agent.core.messages import MESSAGE_BYTES_MAX, Accept, Hello, Message, ReadingMessage, Refusal, encode
+from agent.core.session import CLOSED
 from agent.core.units import Address, hex0x
 from agent.door import Door
 from agent.engine import Engine
+from agent.mqtt_client import BrokerAddress, Heard, new_client, subscribe
 
 PUBACK_WAIT_S = 5.0  # a broker that takes longer than this is down, whatever TCP says
 OFFLINE_WAIT_S = 1.0  # a polite goodbye may not delay a stop of the daemon
@@ -43,35 +45,23 @@ LOOK_INTERVAL_S = (
     0.1  # a look at most this often: it signs readings, and the engine may change with every poll
 )
 TELEMETRY_INTERVAL_S = 1.0  # owners plot, they do not control
-HEARD_QUEUE_MAX = (
-    256  # a flood fills this, then the rest is dropped; the consumer repeats what was not answered
+HEARD_TURN_S = (
+    0.001  # so long we look at messages, then the event loop turns: the charger's beat runs in it too
 )
-HEARD_AT_ONCE_MAX = 8  # a few milliseconds of signature checks, then the event loop turns
+ANSWERS_MAX = (
+    64  # waiting for a broker that acknowledges slowly; what finds no room is asked, or told as news, again
+)
 PUBLISHED_AT_ONCE_MAX = 16  # below the client's own window of 20 unacknowledged messages
+# Refusals of what anybody can send without knowing anything: a few go out, for people who look for their mistake.
+NOISE = frozenset({"malformed", "rate_limited", "unknown_session", "not_yet_seen", "unknown_charger"})
+NOISE_PER_S, NOISE_BURST = 20.0, 20.0
 
 ONLINE, OFFLINE = b"online", b"offline"
 _TOPIC_LEVEL = re.compile(r"[^/+#\x00-\x20\x7f-\U0010ffff]{1,64}")  # else it would not stay below `out/`
 
+__all__ = ["BrokerAddress", "MqttRunner"]
+
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Where the broker is and who we are there. `keepalive_s` <= 20: dead links are found after 1.5 times this."""
-
-    host: str
-    port: int = 1883
-    username: str | None = None
-    password: str | None = None
-    keepalive_s: int = 15
-    tls: ssl.SSLContext | None = None
-
-    def __post_init__(self) -> None:
-        assert 1 <= self.keepalive_s <= 20, self.keepalive_s
-
-    def __repr__(self) -> str:
-        """Without the password."""
-        return f"BrokerAddress({self.host}:{self.port})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +81,10 @@ class MqttRunner:
         # The same name again makes the broker drop our own half-open predecessor, and 3.1.1 promises only 23 characters.
         self._client_id = f"v2v-{provider.hex()[:16]}"
         self._told: dict[tuple[str, type[Message], bytes], Message] = {}  # what this connection has carried
+        self._heard = Heard()
+        self._answers: deque[_Post] = deque()
+        self._has_answers = asyncio.Event()
+        self._noise_paid_until_s = 0.0
         self._retained: dict[str, bytes] = {}
         self._telemetry_at_s = 0.0
         self._problem = ""  # the one already logged: an hour without a broker is one line, not a thousand
@@ -116,34 +110,25 @@ class MqttRunner:
             wait_s = min(BACKOFF_S[1], 2 * wait_s)
 
     def _client(self) -> aiomqtt.Client:
-        silent = logging.getLogger("agent.runners.mqtt.client")
-        silent.setLevel(logging.CRITICAL)  # it would log every message of a flood that it drops
-        return aiomqtt.Client(
-            self._broker.host,
-            self._broker.port,
-            username=self._broker.username,
-            password=self._broker.password,
-            identifier=self._client_id,
-            protocol=aiomqtt.ProtocolVersion.V311,
-            will=aiomqtt.Will(f"{self._root}/online", OFFLINE, qos=1, retain=True),
-            keepalive=self._broker.keepalive_s,
-            timeout=PUBACK_WAIT_S,
-            max_queued_incoming_messages=HEARD_QUEUE_MAX,
-            tls_context=self._broker.tls,
-            logger=silent,
+        self._heard = Heard()
+        will = aiomqtt.Will(f"{self._root}/online", OFFLINE, qos=1, retain=True)
+        return new_client(
+            self._broker, self._heard, timeout_s=PUBACK_WAIT_S, identifier=self._client_id, will=will
         )
 
     async def _carry(self, client: aiomqtt.Client) -> None:
         """One connection, from `online` to its end. Raises MqttError when it breaks."""
         self._told, self._retained, self._telemetry_at_s = {}, {}, 0.0
-        await client.subscribe(f"{self._root}/in/+", qos=1)
+        self._answers.clear()
+        await subscribe(client, f"{self._root}/in/+")
         await client.publish(f"{self._root}/online", ONLINE, qos=1, retain=True)
         _stop_if_cancelled()
         self.connected, self._problem = True, ""
         log.info("mqtt.up", broker=f"{self._broker.host}:{self._broker.port}")
-        both = [asyncio.create_task(self._hear(client)), asyncio.create_task(self._tell(client))]
+        work = (self._hear(client), self._answer(client), self._tell(client))
+        tasks = [asyncio.create_task(one) for one in work]
         try:
-            done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except asyncio.CancelledError:
@@ -153,9 +138,9 @@ class MqttRunner:
                 )
             raise
         finally:
-            for task in both:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _log_problem(self, error: aiomqtt.MqttError) -> None:
         if str(error) != self._problem:
@@ -165,25 +150,52 @@ class MqttRunner:
     # ---- consumer -> door -> consumer
 
     async def _hear(self, client: aiomqtt.Client) -> NoReturn:
-        """Answer what consumers send, a few messages per turn. Waiting for our own acknowledgements slows a flood, not us."""
-        messages = client.messages
+        """Look at what consumers sent, for a moment in every turn of the loop; topics take turns."""
+        loop, messages, heard = asyncio.get_running_loop(), client.messages, self._heard
         while True:
-            heard = [await anext(messages)]
-            while len(messages) > 0 and len(heard) < HEARD_AT_ONCE_MAX:
-                heard.append(await anext(messages))
-            await self._publish(client, [post for message in heard for post in self._answers(message)])
+            self._look_at(await anext(messages))  # raises MqttError when the connection is gone
+            until_s = loop.time() + HEARD_TURN_S
+            while not heard.empty() and loop.time() < until_s:
+                self._look_at(heard.get_nowait())
             await asyncio.sleep(0)
 
-    def _answers(self, heard: aiomqtt.Message) -> Iterator[_Post]:
-        sref = heard.topic.value.rpartition("/")[2]
-        if heard.retain or not _TOPIC_LEVEL.fullmatch(sref) or not isinstance(heard.payload, bytes):
+    def _look_at(self, message: aiomqtt.Message) -> None:
+        """Ask the door; its answer waits to be published."""
+        place, _, sref = message.topic.value.rpartition("/")
+        if message.retain or place != f"{self._root}/in" or not _TOPIC_LEVEL.fullmatch(sref):
             return  # retained: a leftover of another day, not a question
-        if len(heard.payload) > MESSAGE_BYTES_MAX:
+        if not isinstance(message.payload, bytes) or len(message.payload) > MESSAGE_BYTES_MAX:
             return  # who sends this does not speak our protocol; an answer would be an amplifier
-        answer = self._door.answer(sref, f"mqtt:{sref}", heard.payload)
+        answer = self._door.answer(sref, f"mqtt:{sref}", message.payload)
+        if len(self._answers) >= ANSWERS_MAX or (self._is_noise(answer) and not self._may_make_noise()):
+            return
         if hasattr(answer, "session_id"):
+            if isinstance(answer, Accept) and self._told.get(_key(sref, answer)) == answer:
+                self._told = {
+                    key: told for key, told in self._told.items() if key[0] != sref
+                }  # it missed some
             self._told[_key(sref, answer)] = answer  # it is no news any more
-        yield self._out(sref, answer)
+        self._answers.append(self._out(sref, answer))
+        self._has_answers.set()
+
+    def _is_noise(self, answer: Message) -> bool:
+        return isinstance(answer, Refusal) and answer.reason in NOISE
+
+    def _may_make_noise(self) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        paid_until_s = max(self._noise_paid_until_s, now_s) + 1 / NOISE_PER_S
+        if paid_until_s - now_s > NOISE_BURST / NOISE_PER_S:
+            return False
+        self._noise_paid_until_s = paid_until_s
+        return True
+
+    async def _answer(self, client: aiomqtt.Client) -> NoReturn:
+        while True:
+            await self._has_answers.wait()
+            self._has_answers.clear()
+            while self._answers:
+                at_once = min(len(self._answers), PUBLISHED_AT_ONCE_MAX // 2)  # the other half is for `_tell`
+                await self._publish(client, [self._answers.popleft() for _ in range(at_once)])
 
     def _out(self, sref: str, message: Message) -> _Post:
         qos = 0 if isinstance(message, ReadingMessage) else 1
@@ -195,11 +207,18 @@ class MqttRunner:
         """Publish what this connection has not carried yet, whenever something changed, and at every beat."""
         while True:
             changed = self._engine.changed
+            self._heard.favoured = frozenset(self._open_addresses())
             await self._publish(client, [*self._hellos(), *self._news(), *self._telemetry()])
             await asyncio.sleep(LOOK_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await changed.wait()
+
+    def _open_addresses(self) -> Iterator[str]:
+        """Where running sessions speak from: whatever the rest of the world shouts, they are heard (rule 5)."""
+        for session in self._engine.book.sessions.values():
+            if session.presentation is not None and session.stage not in CLOSED:
+                yield f"{self._root}/in/{session.presentation.sref}"
 
     def _hellos(self) -> Iterator[_Post]:
         if self._engine.live.header is None:

@@ -29,6 +29,7 @@ from story import (
 )
 from visit import PHONE, TWO_PORTS, Visit, at_the_plug, charging, closed
 
+from agent import door as doors
 from agent.core import events as ev
 from agent.core import token as rules
 from agent.core.events import StopReason
@@ -44,6 +45,7 @@ from agent.core.messages import (
 from agent.core.session import Stage
 from agent.core.token import CURVE_ORDER
 from agent.door import (
+    CROWDS_MAX,
     GLOBAL_RATE,
     HELLO_LIFETIME_S,
     HELLO_ROTATE_S,
@@ -197,17 +199,41 @@ def test_rate_limited_altogether_but_never_at_the_cost_of_a_running_session():
     visit = charging()
     visit.story.passes(10)
     stranger = encode(Stop(hash32("nobody"), 1, b"\x11" * 65))
-    reasons = [visit.refused(stranger, "s", f"flood {n}") for n in range(int(GLOBAL_RATE[0]) + 5)]
+    reasons = [visit.refused(stranger, "s", f"mqtt:flood {n}") for n in range(int(GLOBAL_RATE[0]) + 5)]
     assert reasons[-1] == "rate_limited"
-    assert visit.says(visit.receipt(20)) == AckMessage(TERMS.session_id, 20)
+    about_it = encode(visit.stop(STRANGER))
+    reasons = [visit.refused(about_it, "s", f"mqtt:crowd {n}") for n in range(int(GLOBAL_RATE[0]) + 5)]
+    assert reasons[-1] == "rate_limited"
+    assert visit.says(visit.receipt(20), source=f"mqtt:{PHONE}") == AckMessage(TERMS.session_id, 20)
+
+
+def test_noise_about_nothing_keeps_no_newcomer_out():
+    """Session ids that do not exist cost nothing to invent: their flood must not use up what a real token needs."""
+    visit = at_the_plug()
+    stranger = encode(Stop(hash32("nobody"), 1, b"\x11" * 65))
+    while visit.says(stranger, "s", f"mqtt:flood {visit.drawn}").reason != "rate_limited":
+        visit.drawn += 1
+    assert isinstance(visit.says(visit.present(), source=f"mqtt:{PHONE}"), Accept)
+
+
+def test_a_flood_on_the_broker_leaves_the_web_server_open():
+    """Forgeries of the very session, from ever new addresses of an open broker, must leave the phone another way."""
+    visit = at_the_plug()
+    forged = encode(replace(visit.present(), signature=b"\x11" * 65))
+    reasons = [visit.refused(forged, "s", f"mqtt:flood {n}") for n in range(int(GLOBAL_RATE[0]) + 5)]
+    assert (reasons[0], reasons[-1]) == ("bad_signature", "rate_limited")
+    good = visit.present()
+    assert visit.refused(good, source=f"mqtt:{PHONE}") == "rate_limited"
+    assert isinstance(visit.says(good, source="http:192.0.2.7"), Accept)
 
 
 def test_rate_buckets_do_not_grow_with_the_flood():
     """A thousand and one spoofed sources must not fill the memory of a car."""
     visit = at_the_plug()
     for n in range(SOURCES_MAX + 50):
-        visit.says(Stop(hash32("nobody"), 1, b"\x11" * 65), "s", f"source {n}")
+        visit.says(Stop(hash32("nobody"), 1, b"\x11" * 65), "s", f"transport {n}:source {n}")
     assert len(visit.door._sources) == SOURCES_MAX
+    assert len(visit.door._crowds) == CROWDS_MAX
 
 
 def test_not_yet_seen():
@@ -447,6 +473,61 @@ def test_cheap_checks_come_before_dear_ones(monkeypatch):
     }
     for number, (reason, message) in enumerate(cheap.items()):
         assert visit.refused(message, source=f"{number}") == reason
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The checks that ran since it was cleared, in their order."""
+    ran = []
+
+    def counted(room, name, check):
+        real = getattr(room, name)
+
+        def counting(*arguments, **more):
+            ran.append(check)
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(room, name, counting)
+
+    counted(doors, "decode", "schema")
+    counted(doors.Door, "_limit", "rate")
+    counted(doors.Door, "_present", "session")
+    counted(doors.Door, "_session_of", "session")
+    counted(doors.Door, "_live_hello", "nonce")
+    counted(rules, "normalised", "canonical")
+    counted(rules, "recover_public_key", "recover")
+    return ran
+
+
+def test_every_kind_of_garbage_gets_as_far_as_protocol_section_4_lets_it(checks):
+    """Size and schema, rate, session, nonce, canonical form, recovery: would catch two of them changing places."""
+    visit = charging()
+    visit.story.passes(10)
+    good = visit.present()
+    stale = replace(good, hello_nonce=hash32("no"))
+    high_s = replace(good, signature=twin(good.signature))
+    forged = replace(good, signature=STRANGER.sign_digest(hash32("x")))
+    furthest = {
+        "malformed": (b"x" * 5_000, ["schema"]),
+        "not_yet_seen": (replace(good, session_id=hash32("no")), ["schema", "rate", "session"]),
+        "unknown_session": (
+            replace(visit.receipt(5), session_id=hash32("no")),
+            ["schema", "rate", "session"],
+        ),
+        "ahead_of_meter": (visit.receipt(900), ["schema", "rate", "session"]),
+        "stale_hello": (stale, ["schema", "rate", "session", "nonce"]),
+        "bad_signature": (high_s, ["schema", "rate", "session", "nonce", "canonical"]),
+        "wrong_signer": (forged, ["schema", "rate", "session", "nonce", "canonical", "recover"]),
+    }
+    for number, (reason, (message, expected)) in enumerate(furthest.items()):
+        checks.clear()
+        assert visit.refused(message, source=f"mqtt:{number}") == reason
+        assert checks == expected, reason
+    for _ in range(int(SOURCE_RATE[0])):
+        visit.says(forged, source="mqtt:eager")
+    checks.clear()
+    assert visit.refused(forged, source="mqtt:eager") == "rate_limited"
+    assert checks == ["schema", "rate"], "nothing dear for who is over his rate"
 
 
 def test_the_schema_is_checked_before_the_rate_so_noise_spends_nobodys_budget():

@@ -83,8 +83,9 @@ class AgentClient:
             self._broker._agent = None
 
     async def subscribe(self, topic, qos=0):
-        """Nothing to remember: there is one agent."""
+        """Nothing to remember: there is one agent. Granted with QoS 1."""
         await self._ask("subscribe", lambda: None)
+        return (1,)
 
     async def publish(self, topic, payload, qos=0, retain=False, timeout=None):
         """Acknowledged, or MqttError."""

@@ -1,0 +1,153 @@
+"""The MQTT client of both sides of the plug: aiomqtt, with the limits that it does not have itself (PROTOCOL section 6).
+
+Rules
+* The broker is a stranger, and so is whoever speaks through it. A packet above PACKET_BYTES_MAX ends the connection as soon
+  as its length is known; the library alone would collect 256 MiB of it.
+* What has arrived waits in `Heard`: never more than a few hundred messages, shared out between topics, so that whoever
+  floods crowds out himself first. Little waits in the kernel: what is old there only delays what is new.
+* A refused subscription is a broken connection: a client that hears nothing must not look connected.
+* The library logs nothing: its line for each dropped message would be a flood of its own.
+
+May not know: what messages mean, which topics there are, who connects again and when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any, cast
+
+import aiomqtt
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
+PACKET_BYTES_MAX = (
+    64 * 1024
+)  # sixteen of our messages: through a broker without a limit strangers send megabytes
+RECEIVE_BUFFER_BYTES = (
+    64 * 1024
+)  # left alone it grows to seconds of a flood, all before the next honest message
+HEARD_MAX = 256  # messages waiting to be looked at
+HEARD_MAX_OF_TOPIC = 32  # of these from one topic; once half of the room is taken, one
+REFUSED = 0x80  # and above: the return codes of a SUBACK that say no
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where the broker is and who we are there. `keepalive_s` <= 20: dead links are found after 1.5 times this."""
+
+    host: str
+    port: int = 1883
+    tls: ssl.SSLContext | None = None
+    username: str | None = None
+    password: str | None = None
+    keepalive_s: int = 15
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.keepalive_s <= 20, self.keepalive_s
+
+    def __repr__(self) -> str:
+        """Without the password: this is what logs and tracebacks show."""
+        return f"BrokerAddress({self.host}:{self.port})"
+
+
+class Heard(asyncio.Queue[aiomqtt.Message]):
+    """What has arrived: topics take turns. Putting never fails and never waits; what finds no room is forgotten.
+
+    `favoured` topics find room whatever the others do: those of running sessions.
+    """
+
+    favoured: frozenset[str] = frozenset()
+
+    def _init(self, maxsize: int) -> None:
+        self._waiting: OrderedDict[str, deque[aiomqtt.Message]] = OrderedDict()
+        self._count = 0
+
+    def qsize(self) -> int:
+        """How many messages wait."""
+        return self._count
+
+    def empty(self) -> bool:
+        """Nothing waits."""
+        return self._count == 0
+
+    def full(self) -> bool:
+        """Never, for whoever puts: `_put` decides what is kept."""
+        return False
+
+    def _put(self, item: aiomqtt.Message) -> None:
+        topic = item.topic.value
+        favoured = topic in self.favoured
+        share = HEARD_MAX_OF_TOPIC if favoured or self._count < HEARD_MAX // 2 else 1
+        waiting = self._waiting.get(topic)
+        if (waiting is not None and len(waiting) >= share) or (self._count >= HEARD_MAX and not favoured):
+            return
+        if waiting is None:
+            waiting = self._waiting[topic] = deque()
+        waiting.append(item)
+        self._count += 1
+
+    def _get(self) -> aiomqtt.Message:
+        topic, waiting = next(iter(self._waiting.items()))
+        self._waiting.move_to_end(topic)
+        if len(waiting) == 1:
+            del self._waiting[topic]
+        self._count -= 1
+        return waiting.popleft()
+
+
+def new_client(
+    broker: BrokerAddress,
+    heard: Heard,
+    *,
+    timeout_s: float,
+    identifier: str | None = None,
+    will: aiomqtt.Will | None = None,
+) -> aiomqtt.Client:
+    """A client for one connection, not connected yet; what it hears goes to `heard`. MQTT 3.1.1, clean session."""
+    silent = logging.getLogger("agent.mqtt_client.library")
+    silent.setLevel(logging.CRITICAL + 1)
+    client = aiomqtt.Client(
+        broker.host,
+        broker.port,
+        username=broker.username,
+        password=broker.password,
+        identifier=identifier,
+        queue_type=cast("type[asyncio.Queue[aiomqtt.Message]]", lambda maxsize: heard),  # noqa: ARG005 - our own room
+        protocol=aiomqtt.ProtocolVersion.V311,
+        clean_session=True,
+        will=will,
+        keepalive=broker.keepalive_s,
+        timeout=timeout_s,
+        tls_context=broker.tls,
+        logger=silent,
+        socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)],
+    )
+    _limit_packets(client._client)  # noqa: SLF001 - nothing public tells the length of what is still coming
+    return client
+
+
+def _limit_packets(library: Any) -> None:
+    """Make paho give a connection up that announces an over-size packet. tests/assumptions pins the names used here."""
+    read = library._packet_read  # noqa: SLF001
+
+    def read_within_limits() -> MQTTErrorCode:
+        result: MQTTErrorCode = read()
+        if library._in_packet["remaining_length"] > PACKET_BYTES_MAX:  # noqa: SLF001
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        return result
+
+    library._packet_read = read_within_limits  # noqa: SLF001
+
+
+async def subscribe(client: aiomqtt.Client, *topics: str) -> None:
+    """Subscribe with QoS 1. Raises MqttError when the broker refuses any of these topics."""
+    granted = await client.subscribe([(topic, 1) for topic in topics])
+    codes = [code.value if isinstance(code, ReasonCode) else code for code in granted]
+    refused = [topic for topic, code in zip(topics, codes, strict=False) if code >= REFUSED]
+    if refused:
+        raise aiomqtt.MqttError(f"the broker does not let us subscribe to {refused[0]}")

@@ -1,0 +1,134 @@
+"""The limits of the MQTT client: who floods crowds out himself, packets have an end, and a refused subscription is said."""
+
+import asyncio
+import contextlib
+
+import aiomqtt
+import pytest
+
+from agent import mqtt_client
+from agent.mqtt_client import HEARD_MAX, HEARD_MAX_OF_TOPIC, BrokerAddress, Heard, new_client, subscribe
+
+
+def message(topic, payload=b"x"):
+    """A message as the library hands it over."""
+    return aiomqtt.Message(topic=topic, payload=payload, qos=1, retain=False, mid=1, properties=None)
+
+
+def taken(heard):
+    """Everything that waits, in the order in which it would be looked at."""
+    return [heard.get_nowait() for _ in range(heard.qsize())]
+
+
+def topics(messages):
+    """Where they came from."""
+    return [one.topic.value for one in messages]
+
+
+# ---- what waits
+
+
+def test_topics_take_turns_and_each_keeps_its_order() -> None:
+    """Would catch a flood that everybody else stands behind."""
+    heard = Heard()
+    for number in range(3):
+        heard.put_nowait(message("loud", b"%d" % number))
+    heard.put_nowait(message("quiet"))
+    waiting = taken(heard)
+    assert topics(waiting) == ["loud", "quiet", "loud", "loud"]
+    assert [one.payload for one in waiting if one.topic.value == "loud"] == [b"0", b"1", b"2"]
+    assert heard.empty()
+
+
+def test_one_topic_keeps_no_more_than_its_share() -> None:
+    """Would catch one address that fills the memory of a car."""
+    heard = Heard()
+    for _ in range(10_000):
+        heard.put_nowait(message("loud"))
+    assert heard.qsize() == HEARD_MAX_OF_TOPIC
+
+
+def test_a_hundred_floods_leave_room_for_a_newcomer() -> None:
+    """Would catch a share that is only fair among few: in the second half of the room everybody has one place."""
+    heard = Heard()
+    for number in range(10_000):
+        heard.put_nowait(message(f"loud {number % 100}"))
+    heard.put_nowait(message("newcomer"))
+    assert heard.qsize() < HEARD_MAX
+    assert "newcomer" in topics(taken(heard))
+
+
+def test_a_running_session_is_heard_although_there_is_no_room() -> None:
+    """Rule 5: ever new addresses may fill the room, but not at the cost of receipts."""
+    heard = Heard()
+    heard.favoured = frozenset({"charging"})
+    for number in range(10_000):
+        heard.put_nowait(message(f"new {number}"))
+    for _ in range(10_000):
+        heard.put_nowait(message("charging"))
+    heard.put_nowait(message("late"))
+    assert heard.qsize() == HEARD_MAX + HEARD_MAX_OF_TOPIC
+    assert "late" not in topics(taken(heard))
+
+
+async def test_whoever_waits_is_woken_by_a_message_and_not_by_a_dropped_one() -> None:
+    """Would catch a queue that hands out what it does not have."""
+    heard = Heard()
+    getting = asyncio.create_task(heard.get())
+    await asyncio.sleep(0)
+    heard.put_nowait(message("a"))
+    assert (await getting).topic.value == "a"
+
+
+# ---- the wire
+
+
+@contextlib.asynccontextmanager
+async def broker(after_subscribe):
+    """A broker that lets one client in and, when it subscribes, says these bytes; {mid} is the client's message id."""
+
+    async def serve(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                kind, length = await reader.readexactly(2)
+                body = await reader.readexactly(length)
+                if kind >> 4 == 1:
+                    writer.write(b"\x20\x02\x00\x00")
+                elif kind >> 4 == 8:
+                    writer.write(after_subscribe(body[:2]))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield BrokerAddress("127.0.0.1", server.sockets[0].getsockname()[1])
+
+
+async def test_a_refused_subscription_is_an_error() -> None:
+    """Would catch a client that looks connected and never hears a word."""
+    async with (
+        broker(lambda mid: b"\x90\x04" + mid + b"\x01\x80") as place,
+        new_client(place, Heard(), timeout_s=10) as client,
+    ):
+        with pytest.raises(aiomqtt.MqttError, match="subscribe to second"):
+            await subscribe(client, "first", "second")
+
+
+@pytest.mark.parametrize(("announced", "ends"), [(mqtt_client.PACKET_BYTES_MAX + 1, True), (4096, False)])
+async def test_an_over_size_packet_ends_the_connection_when_its_length_is_known(announced, ends) -> None:
+    """Would catch a broker that makes us collect 256 MiB. tests what we believe of paho's own names, too."""
+    length = bytes([announced & 127 | 128, announced >> 7 & 127 | 128, announced >> 14])
+    packet = b"\x30" + length + b"\x00\x01t" + b"x" * (announced - 3 if not ends else 100)
+    async with broker(lambda mid: b"\x90\x03" + mid + b"\x01" + packet) as place:
+        with contextlib.suppress(aiomqtt.MqttError):
+            async with new_client(place, Heard(), timeout_s=10) as client, asyncio.timeout(30):
+                await subscribe(client, "t")
+                if ends:
+                    with pytest.raises(aiomqtt.MqttError):
+                        await anext(client.messages)
+                else:
+                    assert len((await anext(client.messages)).payload) == announced - 3
+
+
+def test_a_password_is_never_shown() -> None:
+    """Would catch a secret in a log line or a traceback."""
+    assert "hunter2" not in repr(BrokerAddress("host", 1883, password="hunter2"))
