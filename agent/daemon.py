@@ -44,6 +44,7 @@ from agent.keys import (
     load_password,
     load_signer,
     require_different_keys,
+    shut_process,
     tls_context,
 )
 from agent.runners.chain_send import ChainSend
@@ -124,6 +125,7 @@ async def _start(
     stop: asyncio.Event,
     owner_stop: asyncio.Event | None = None,
 ) -> None:
+    shut_process(for_good=True)  # before the first private byte
     domain = Domain(config.chain.chain_id, Address(config.chain.contract))
     provider = Address(config.chain.provider)
     journal = Journal(config.journal.path, domain, provider)
@@ -363,7 +365,7 @@ def _broker(config: AgentConfig, environ: Mapping[str, str]) -> BrokerAddress:
     tls = None
     if mqtt.tls:
         tls = tls_context(mqtt.authority, mqtt.certificate, mqtt.certificate_key, environ=environ)
-    return BrokerAddress(mqtt.host, mqtt.port, tls, mqtt.username, password, mqtt.keepalive_s)
+    return BrokerAddress(mqtt.host, mqtt.port, mqtt.username, password, mqtt.keepalive_s, tls)
 
 
 def _log_event(event: Event, before: Book, after: Book) -> None:

@@ -129,14 +129,15 @@ def spki(public_key: bytes) -> bytes:
 # keys
 
 
-def shut_process() -> None:
+def shut_process(*, for_good: bool = False) -> None:
     """Let nobody but root see this process's memory, alive or dead: no core file, no ptrace, no /proc/PID/mem.
 
-    Every function here that reads or makes a private key calls it first; twice does no harm. It lasts until the end
-    (the limit cannot be raised again) and does not reach programs that we start. Raises `Misconfigured` where the
-    kernel says no. Linux: prctl(2), setrlimit(2), core(5).
+    Every function here that reads or makes a private key calls it first; twice does no harm. It does not reach programs
+    that we start, but with `for_good` (the daemon's way) none of them can leave a core file either. Raises
+    `Misconfigured` where the kernel says no. Linux: prctl(2), setrlimit(2), core(5).
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = 0 if for_good else resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise Misconfigured(
             f"the memory of this process cannot be shut ({os.strerror(ctypes.get_errno())}), so no key is read",
