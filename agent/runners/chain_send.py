@@ -120,11 +120,12 @@ class ChainSend:
         self, effect: SignSettlement | BroadcastSettlement | SignBid | BroadcastBid, no: Refused
     ) -> None:
         if isinstance(effect, SignBid | BroadcastBid):
-            self._tell(effect.bid_id, "bid.delayed", "refused", no.reason, error=str(no))
+            self._tell(effect.bid_id, "bid.delayed", "refused", no.reason, error=no.detail)
         elif no.reason == "fee_cap":
             self._deferred(self._engine.book.sessions[effect.session_id], no)
         else:
-            self._tell(effect.session_id, "settlement.delayed", "refused", no.reason, error=str(no))
+            name = _error_name(no.reason)  # its arguments name the token, which is nobody's business
+            self._tell(effect.session_id, "settlement.delayed", "refused", name, error=no.detail)
 
     def _deferred(self, session: Session, refusal: Refused) -> None:
         live = self._engine.live
@@ -335,11 +336,9 @@ class ChainSend:
         await self._is_signed_anew(effect, await self._next_nonce(pending=True))
 
     async def _reverted(self, effect: BroadcastSettlement, receipt: Receipt) -> None:
-        why = await self._sender.why_failed(SignedTx.from_raw(effect.raw_tx), receipt)
-        log.error("settlement.reverted", session=short(effect.session_id), error=why.reason)
-        self._engine.accept(
-            ev.SettlementReverted(self._engine.at_s, effect.session_id, receipt.tx_hash, why.reason[:200])
-        )
+        why = _error_name((await self._sender.why_failed(SignedTx.from_raw(effect.raw_tx), receipt)).reason)
+        log.error("settlement.reverted", session=short(effect.session_id), error=why)
+        self._engine.accept(ev.SettlementReverted(self._engine.at_s, effect.session_id, receipt.tx_hash, why))
 
     # ---- bids
 
@@ -467,6 +466,11 @@ class ChainSend:
         owed = settling.settlements_owed(self._engine.book)
         if left <= owed:
             log.warning("purse.low", operator=hex0x(self._sender.address), settlements_left=left, owed=owed)
+
+
+def _error_name(reason: str) -> str:
+    """`BidTooHigh(rateMax=297)` -> `BidTooHigh`."""
+    return reason.partition("(")[0][:100]
 
 
 def _nonce_mined(session: Session) -> int | None:
