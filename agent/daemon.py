@@ -365,7 +365,7 @@ def _broker(config: AgentConfig, environ: Mapping[str, str]) -> BrokerAddress:
     tls = None
     if mqtt.tls:
         tls = tls_context(mqtt.authority, mqtt.certificate, mqtt.certificate_key, environ=environ)
-    return BrokerAddress(mqtt.host, mqtt.port, mqtt.username, password, mqtt.keepalive_s, tls)
+    return BrokerAddress(mqtt.host, mqtt.port, tls, mqtt.username, password, mqtt.keepalive_s)
 
 
 def _log_event(event: Event, before: Book, after: Book) -> None:
