@@ -12,6 +12,8 @@ The answer is always a protocol message. 200: accept, ack, status, final. A refu
 Rules
 * Loopback unless the owner says otherwise. A foreign name as Host (DNS rebinding), or an Origin that is not us, is refused.
 * Everything a visitor can use up has a limit: connections, streams, time to speak, sizes. Money and safety never depend on this.
+* Requests are served one in a turn of the event loop, because the charger's beat runs in the same loop; and no source faster
+  than its pace, however many connections it has. Who is too fast waits; TCP slows him down for us.
 * A bug in a handler is a bug: it ends `run`, it does not become a quiet 500.
 
 May not know: what messages mean (the door), MQTT, the charger, the chain.
@@ -22,7 +24,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import NoReturn
@@ -39,6 +43,14 @@ from agent.errors import Misconfigured
 
 CONNECTIONS_MAX = 64  # each costs memory and a file handle; a plug has one or two phones at it
 CONNECTIONS_MAX_PER_SOURCE = 16  # one visitor cannot take them all; a browser opens six
+ACCEPTED_AT_ONCE_MAX = 4  # in a turn of the event loop; asyncio would take a hundred before it looks up again
+LISTEN_BACKLOG = 128  # the others wait in the kernel
+PACE = (
+    50.0,
+    50.0,
+)  # requests and connections of one source: per second, and at once; a page and its pictures pass
+AHEAD_S_MAX = 1.0  # a second of requests may wait for their turn; then who hammers at the door is not let in, nor counted
+PACES_MAX = 1024  # sources remembered; one that has been quiet for a second needs no remembering
 LINGER_S = 1.0  # for what is still coming of a body that was refused
 FIRST_REQUEST_S = 10.0  # who connects and does not finish a request by then only wants to hold the place
 BODY_WAIT_S = 5.0  # 4 KiB take longer only from somebody who trickles
@@ -90,6 +102,7 @@ class HttpRunner:
         self._engine, self._door, self._host, self._port = engine, door, host, port
         self._strangers: dict[web.RequestHandler, float] = {}  # connected, no request yet; since when
         self._streams: Counter[str] = Counter()
+        self._turnstile = _Turnstile()
         self._news: tuple[float, tuple[tuple[str, Message], ...]] = (float("-inf"), ())
         self._bug: asyncio.Future[NoReturn] | None = None
         self.listening = asyncio.Event()
@@ -129,8 +142,14 @@ class HttpRunner:
         loop = asyncio.get_running_loop()
         try:
             server = await loop.create_server(
-                lambda: _Doorman(protocol, self._strangers), self._host, self._port
+                lambda: _Doorman(protocol, self._strangers, self._turnstile),
+                self._host,
+                self._port,
+                backlog=ACCEPTED_AT_ONCE_MAX,
             )
+            for listening in server.sockets:  # asyncio takes the one number for both
+                with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                    same.listen(LISTEN_BACKLOG)
         except OSError as error:
             raise Misconfigured(
                 f"cannot listen on {self._host}:{self._port}: {error.strerror or error}",
@@ -157,8 +176,9 @@ class HttpRunner:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Before anything else: is this request meant for us, and by a page of ours?"""
+        """Before anything else: is it its turn, is this request meant for us, and by a page of ours?"""
         self._strangers.pop(request.protocol, None)
+        await self._turnstile.turn(_source(request.transport))
         if not _is_our_name(request.host, self._host):
             raise web.HTTPMisdirectedRequest(text="Use this machine's IP address, or localhost.\n")
         origin = request.headers.get("Origin")
@@ -184,7 +204,7 @@ class HttpRunner:
         except web.HTTPRequestEntityTooLarge:
             return _answer(Refusal("malformed", f"longer than {MESSAGE_BYTES_MAX} bytes"), 413)
         with self._no_bugs():
-            return _answer(self._door.answer(sref, f"http:{request.remote}", data))
+            return _answer(self._door.answer(sref, f"http:{_source(request.transport)}", data))
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
         with self._no_bugs():
@@ -193,7 +213,7 @@ class HttpRunner:
     # ---- streams
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        sref, source = request.match_info["sref"], str(request.remote)
+        sref, source = request.match_info["sref"], _source(request.transport)
         if not SREF.fullmatch(sref):
             return _answer(Refusal("malformed", "a session's address is 22 to 64 of A-Z a-z 0-9 - _"))
         if self._streams.total() >= STREAMS_MAX or self._streams[source] >= STREAMS_MAX_PER_SOURCE:
@@ -257,17 +277,47 @@ class HttpRunner:
             raise
 
 
+class _Turnstile:
+    """Who may go on, and when: one in a turn of the event loop, each source at its own pace."""
+
+    def __init__(self) -> None:
+        self._one = asyncio.Lock()
+        self._paid_until_s: dict[str, float] = {}  # of each source: when all its requests so far are paid for
+
+    async def turn(self, source: str) -> None:
+        """Wait until it is this source's turn, and nobody else's in this turn of the loop."""
+        wait_s = self.delay_s(source)
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        async with self._one:
+            await asyncio.sleep(0)
+
+    def delay_s(self, source: str) -> float:
+        """Count one more of this source: the seconds it is ahead of its pace. Beyond AHEAD_S_MAX nothing more is counted."""
+        per_s, at_once = PACE
+        now_s = asyncio.get_running_loop().time()
+        if len(self._paid_until_s) >= PACES_MAX:
+            self._paid_until_s = {
+                one: until_s for one, until_s in self._paid_until_s.items() if until_s > now_s
+            }
+        paid_until_s = max(now_s, self._paid_until_s.get(source, now_s)) + 1 / per_s
+        ahead_s = paid_until_s - now_s - at_once / per_s
+        if ahead_s <= AHEAD_S_MAX:
+            self._paid_until_s[source] = paid_until_s
+        return ahead_s
+
+
 class _Doorman(asyncio.Protocol):
     """Lets a connection in to aiohttp, or not at all, before any of its bytes are read."""
 
-    def __init__(self, server: web.Server, strangers: dict[web.RequestHandler, float]) -> None:
-        self._server, self._strangers = server, strangers
+    def __init__(
+        self, server: web.Server, strangers: dict[web.RequestHandler, float], turnstile: _Turnstile
+    ) -> None:
+        self._server, self._strangers, self._turnstile = server, strangers, turnstile
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        source = _source(transport)
-        others = [_source(handler.transport) for handler in self._server.connections]
-        if len(others) >= CONNECTIONS_MAX or others.count(source) >= CONNECTIONS_MAX_PER_SOURCE:
+        if not self._has_place_for(_source(transport)):
             transport.abort()
             return
         handler = self._server()
@@ -275,10 +325,33 @@ class _Doorman(asyncio.Protocol):
         transport.set_protocol(handler)
         handler.connection_made(transport)
 
+    def _has_place_for(self, source: str) -> bool:
+        """True if one more of this source may come in. A source without a connection gets the place of one that has most."""
+        if self._turnstile.delay_s(source) > AHEAD_S_MAX:
+            return False  # who is shown out and comes back at once, a thousand times a second
+        inside = list(self._server.connections)
+        held = Counter(_source(handler.transport) for handler in inside)
+        if held[source] >= CONNECTIONS_MAX_PER_SOURCE:
+            return False
+        if len(inside) < CONNECTIONS_MAX:
+            return True
+        greedy, count = held.most_common(1)[0]
+        if count == 1 or held[source] > 0:
+            return False
+        next(handler for handler in inside if _source(handler.transport) == greedy).force_close()
+        return True
+
 
 def _source(transport: asyncio.BaseTransport | None) -> str:
+    """Who is on the other end, as far as counting goes: an IPv4 address, or the /64 that one IPv6 visitor has to himself."""
     peer = None if transport is None else transport.get_extra_info("peername")
-    return "" if peer is None else str(peer[0])
+    if peer is None:
+        return ""
+    address = str(peer[0])
+    if ":" not in address:
+        return address
+    prefix = int(ipaddress.IPv6Address(address.partition("%")[0])) >> 64
+    return f"{prefix:x}::/64"
 
 
 def _is_our_name(host_header: str, listen_host: str) -> bool:

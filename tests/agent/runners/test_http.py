@@ -254,6 +254,133 @@ async def test_connections_are_limited_for_each_source(runner):
         assert response.status == 200
 
 
+@contextlib.asynccontextmanager
+async def visitors(runner, *sources):
+    """One connection from each of these addresses of this machine."""
+    port = int(runner.url.rpartition(":")[2])
+    open_ones = [
+        await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0)) for source in sources
+    ]
+    try:
+        yield open_ones
+    finally:
+        for _, writer in open_ones:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+async def is_shown_out(reader):
+    """True when the other side ends the connection without a word."""
+    async with asyncio.timeout(30):
+        with contextlib.suppress(ConnectionError):
+            return await reader.read() == b""
+    return True
+
+
+HELLO = b"GET /v1/hello HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def test_whoever_holds_most_places_gives_one_to_a_newcomer(plug, monkeypatch):
+    """Would catch four idle visitors who keep the fifth out for ever."""
+    monkeypatch.setattr(http, "CONNECTIONS_MAX", 4)
+    async with (
+        served(plug) as runner,
+        visitors(runner, "127.0.0.2", "127.0.0.2", "127.0.0.2", "127.0.0.3") as inside,
+        visitors(runner, "127.0.0.4") as ((reader, writer),),
+    ):
+        writer.write(HELLO)
+        async with asyncio.timeout(30):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        assert await is_shown_out(inside[0][0])
+        assert not inside[3][0].at_eof()
+
+
+async def test_nobody_loses_his_only_place(plug, monkeypatch):
+    """Would catch visitors who push each other out in a circle: then nobody is served."""
+    monkeypatch.setattr(http, "CONNECTIONS_MAX", 2)
+    async with (
+        served(plug) as runner,
+        visitors(runner, "127.0.0.2", "127.0.0.3") as inside,
+        visitors(runner, "127.0.0.4") as ((late, _),),
+    ):
+        assert await is_shown_out(late)
+        for reader, writer in inside:
+            writer.write(HELLO)
+            async with asyncio.timeout(30):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+async def test_who_comes_back_a_thousand_times_a_second_is_not_let_in(plug, monkeypatch):
+    """Would catch a visitor who escapes his pace by a new connection for each request."""
+    monkeypatch.setattr(http, "PACE", (0.001, 3.0))
+    async with (
+        served(plug) as runner,
+        visitors(runner, *["127.0.0.2"] * 4) as hammering,
+        visitors(runner, "127.0.0.3") as ((reader, writer),),
+    ):
+        assert await is_shown_out(hammering[-1][0])
+        writer.write(HELLO)
+        async with asyncio.timeout(30):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+async def test_each_source_has_a_pace_of_its_own_and_ahead_of_it_nothing_is_counted(monkeypatch):
+    """Would catch a pace that is not kept, one for all, or a debt that grows until an address is locked out for hours."""
+    monkeypatch.setattr(http, "PACE", (1.0, 5.0))
+    turnstile = http._Turnstile()
+    assert max(turnstile.delay_s("eager") for _ in range(5)) <= 0
+    assert max(turnstile.delay_s("eager") for _ in range(1_000)) < http.AHEAD_S_MAX + 2
+    assert turnstile.delay_s("calm") <= 0
+
+
+async def test_sources_of_another_day_are_forgotten(monkeypatch):
+    """Would catch memory that grows with every address that ever asked."""
+    monkeypatch.setattr(http, "PACE", (1e9, 1.0))
+    turnstile = http._Turnstile()
+    for number in range(http.PACES_MAX * 3):
+        turnstile.delay_s(f"visitor {number}")
+    assert len(turnstile._paid_until_s) <= http.PACES_MAX
+
+
+async def test_one_visitor_goes_on_in_each_turn_of_the_loop():
+    """Would catch a crowd of requests that is served between two looks at the charger."""
+    turnstile, served_in = http._Turnstile(), []
+    turns = 0
+
+    async def count_turns():
+        nonlocal turns
+        while len(served_in) < 20:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def ask():
+        await turnstile.turn("a")
+        served_in.append(turns)
+
+    await asyncio.gather(count_turns(), *(ask() for _ in range(20)))
+    assert len(set(served_in)) == 20
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "20010db800010002::/64"),
+        ("2001:db8:1:2:ffff::1", "20010db800010002::/64"),
+        ("fe80::1%eth0", "fe80000000000000::/64"),
+    ],
+)
+def test_a_visitor_with_a_billion_addresses_is_one_source(address, source):
+    """Would catch limits for each source that mean nothing over IPv6."""
+
+    class Transport(asyncio.BaseTransport):
+        def get_extra_info(self, name, default=None):
+            return (address, 1, 0, 0) if name == "peername" else default
+
+    assert http._source(Transport()) == source
+
+
 async def test_visitor_who_never_asks_is_shown_out(plug, monkeypatch):
     """Would catch connections held open by half a request: aiohttp alone would wait for ever."""
     monkeypatch.setattr(http, "FIRST_REQUEST_S", 0.3)
