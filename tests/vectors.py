@@ -33,7 +33,10 @@ def each(name):
 
 _told = json.loads((FOLDER / "receipts.json").read_text())["market"]
 DOMAIN = Domain(_told["chainId"], Address(unhex(_told["contract"])))
-CONSUMER, PROVIDER, OPERATOR = (Address(unhex(_told[who])) for who in ("consumer", "provider", "operator"))
+CONSUMER, PROVIDER, OPERATOR, SESSION_KEY = (
+    Address(unhex(_told[who])) for who in ("consumer", "provider", "operator", "sessionKey")
+)
+METER_KEY = unhex(_told["meterKey"])
 SESSION_ID = SessionId(unhex(_told["sessionId"]))
 AUCTION_NONCE, ENERGY_WH = _told["auctionNonce"], _told["energyWh"]
 

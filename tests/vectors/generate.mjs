@@ -11,14 +11,14 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
   AbiCoder, SigningKey, TypedDataEncoder, computeAddress, concat, dataSlice, getBytes, getCreateAddress,
-  hashMessage, id, keccak256, solidityPackedKeccak256, toBeHex, toUtf8Bytes,
+  hashMessage, id, keccak256, sha256, solidityPackedKeccak256, toBeHex, toUtf8Bytes,
 } from "ethers";
 
 // ------------------------------------------------------------------------------------------- who and where
 
 const key = (number) => new SigningKey(toBeHex(number, 32));
 const who = (signer) => computeAddress(signer).toLowerCase();
-const [organisation, consumer, provider, rival, stranger, sessionKey, operator] = [1, 2, 3, 4, 5, 6, 7].map(key);
+const [organisation, consumer, provider, rival, stranger, sessionKey, operator, meter] = [1, 2, 3, 4, 5, 6, 7, 8].map(key);
 const ZERO = "0x" + "00".repeat(20);
 const NONE = "0x" + "00".repeat(32);
 const UINT64_MAX = 2n ** 64n - 1n;
@@ -314,6 +314,34 @@ function receipts() {
 
 const canonical = (body) => JSON.stringify(Object.fromEntries(Object.entries(body).sort(([a], [b]) => (a < b ? -1 : 1))));
 
+// OCMF 1.4 as text: the numbers must stand as they are, and what is signed is this very string.
+function ocmf(page, time, code, register, evidence) {
+  const payload = `{"FV":"1.4","GI":"v2v-agent","GS":"${who(provider)}","PG":"T${page}","MV":"V2V","MM":"Simulated charger",` +
+    `"MS":"0000000001","MF":"1.0.0","IS":true,"IL":"CERTIFIED","IF":[],"IT":"UNDEFINED","ID":"${who(consumer)}","CT":"CBIDC","CI":"left",` +
+    `"RD":[{"TM":"${time},000+0000 I","TX":"${code}","RV":${register},"RI":"01-00:C0.08.00*FF","RU":"kWh","RT":"AC","EF":"","ST":"G"}],` +
+    `"U":${JSON.stringify({ sessionId: SESSION, token: TOKEN, ...evidence })}}`;
+  const { r, s } = meter.sign(sha256(toUtf8Bytes(payload)));
+  const integer = (hex) => { // DER: shortest form, and never negative
+    const bytes = getBytes(toBeHex(BigInt(hex)));
+    return concat(["0x02", toBeHex(bytes.length + (bytes[0] >> 7), 1), bytes[0] >> 7 ? "0x00" : "0x", bytes]);
+  };
+  const both = concat([integer(r), integer(s)]);
+  const der = concat(["0x30", toBeHex((both.length - 2) / 2, 1), both]);
+  return `OCMF|${payload}|{"SA":"ECDSA-secp256k1-SHA256","SD":"${der.slice(2)}"}`;
+}
+
+function records() {
+  const { token, sessionKey: granted, maxEnergyWh, validUntil, challenge: bound } = grant;
+  const ack = {
+    receiptSignature: signed(sessionKey, "Receipt", { sessionId: SESSION, deliveredWh: 97 }), token, sessionKey: granted, maxEnergyWh, validUntil,
+    challenge: bound, grantSignature: signed(consumer, "PresentToken", grant),
+  };
+  return {
+    ocmfBegin: ocmf(7, "2026-09-21T14:13:50", "B", "5000.000000", {}),
+    ocmfEnd: ocmf(8, "2026-09-21T14:14:23", "R", "5000.097400", { deliveredWh: 97, ackedWh: 97, ack }),
+  };
+}
+
 function bodies() {
   const withSignature = (name) => ({ ...SIGNED[name][0], signature: signed(SIGNED[name][1], name, SIGNED[name][0]) });
   return {
@@ -332,7 +360,7 @@ function bodies() {
     stop: { type: "stop", ...withSignature("StopRequest") },
     final: {
       type: "final", sessionId: SESSION, stage: "SETTLED", stopReason: "Remote", deliveredWh: 97, settledWh: 97, costWei: "19400000000000",
-      settlementTx: id("a settlement"), ocmfBegin: "", ocmfEnd: "",
+      settlementTx: id("a settlement"), ...records(),
     },
   };
 }
@@ -370,7 +398,8 @@ function messages() {
 
 const folder = process.argv[2] ?? dirname(fileURLToPath(import.meta.url));
 const market = {
-  chainId: domain.chainId, contract: domain.verifyingContract, consumer: who(consumer), provider: who(provider), operator: who(operator),
+  chainId: domain.chainId, contract: domain.verifyingContract, consumer: who(consumer), provider: who(provider), operator: who(operator), sessionKey: who(sessionKey),
+  meterKey: meter.publicKey,
   auctionNonce: AUCTION_NONCE, energyWh: ENERGY_WH, sessionId: SESSION,
 };
 const files = {

@@ -3,6 +3,9 @@
 tests/contracts/test_vectors.py asks the contract about the same receipts.
 """
 
+import json
+
+import coincurve
 import pytest
 from vectors import (
     CONSUMER,
@@ -10,6 +13,7 @@ from vectors import (
     ENERGY_WH,
     FILES,
     FOLDER,
+    METER_KEY,
     PROVIDER,
     SESSION_ID,
     ack_of,
@@ -195,3 +199,17 @@ def test_the_same_messages_are_understood(vector):
 def test_every_kind_of_message_is_among_them():
     """Would catch a message that is added and never shown to another implementation."""
     assert {one["name"] for one in vectors("messages")} >= messages.KINDS.keys()
+
+
+def test_the_meter_records_are_signed_as_ours_are():
+    """Would catch a record whose signature covers other bytes than the ones that are passed on."""
+    final = messages.decode(
+        next(one["text"] for one in vectors("messages") if one["name"] == "final").encode()
+    )
+    for record in (final.ocmf_begin, final.ocmf_end):
+        head, payload, signature = record.split("|")
+        assert head == "OCMF"
+        assert coincurve.PublicKey(METER_KEY).verify(
+            bytes.fromhex(json.loads(signature)["SD"]), payload.encode()
+        )
+        assert json.loads(payload)["U"]["sessionId"] == messages.hex0x(SESSION_ID)
