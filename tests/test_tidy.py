@@ -137,6 +137,58 @@ def test_the_purity_check_can_fail(tmp_path):
     assert sorted(node.lineno for node, _ in impurities(file)) == [1, 2, 3, 4, 5, 6, 8]
 
 
+# Who may look at the wall clock, each with the reason; everybody else has chain time or a monotonic clock (DESIGN rule 10).
+WALL_CLOCKS = {
+    "agent/log.py": "a log line's stamp, for humans",
+    "agent/cli/commission.py": "the date on a report that humans read and file",
+    "agent/cli/consumer.py": "the consumer's journal: for humans, and a bound on what can have flowed while it was away",
+    "agent/demo/evening.py": "the same, and its screen",
+    "agent/demo/devnet.py": "it is a chain: its blocks are stamped as every chain's are",
+    "agent/demo/eth_methods.py": "the same chain",
+}
+
+
+def wall_clock_readings(file):
+    """Where this file asks what time of day it is. OpenSSL asks too, inside, when it looks at a certificate."""
+    of_time = {"time", "time_ns", "ctime", "asctime", "localtime", "gmtime", "strftime", "CLOCK_REALTIME"}
+    of_date = {"now", "utcnow", "today"}
+    for node in ast.walk(tree(file)):
+        match node:
+            case ast.Attribute(value=ast.Name(id="time"), attr=attr) if attr in of_time:
+                yield node
+            case ast.Attribute(
+                value=ast.Name(id="datetime" | "date") | ast.Attribute(attr="datetime" | "date"), attr=attr
+            ) if attr in of_date:
+                yield node
+            case ast.ImportFrom(module="time", names=names) if of_time & {name.name for name in names}:
+                yield node
+            case ast.Attribute(attr="TimeStamper"):
+                yield node
+
+
+def test_only_the_log_and_a_few_others_look_at_the_wall_clock():
+    """Would catch a deadline or an age that a wrong clock moves; tests/e2e/test_wrong_clock.py shows the whole daemon."""
+    found = [
+        place(file, node.lineno)
+        for file in product_files()
+        if place(file) not in WALL_CLOCKS
+        for node in wall_clock_readings(file)
+    ]
+    nothing(found, "use the header's time, the loop's clock, or (for humans only) say here why")
+    stale = [name for name in WALL_CLOCKS if not list(wall_clock_readings(ROOT / name))]
+    nothing(stale, "these do not read it any more: take them out of WALL_CLOCKS")
+
+
+def test_the_clock_check_can_fail(tmp_path):
+    """Would catch a checker that sees nothing."""
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "import time, datetime\nfrom time import time_ns\na = time.time()\nb = datetime.datetime.now()\n"
+        "c = datetime.date.today()\nd = time.clock_gettime(time.CLOCK_REALTIME)\ne = time.monotonic()\nf = time.time\n"
+    )
+    assert sorted(node.lineno for node in wall_clock_readings(file)) == [2, 3, 4, 5, 6, 8]
+
+
 # Spelt in halves, or this file would find itself.
 WORDS_FOR_LATER = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
 MACHINE_PATHS = ["/wo" + "rk/", "/ro" + "ot/", "/tm" + "p/"]
