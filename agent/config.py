@@ -461,7 +461,7 @@ class ConsumerPolicyConfig(Section):
     """[policy] What our car signs for."""
 
     tolerance_permille: int = Field(
-        20, ge=0, le=200, description="Their meter may differ this much from ours"
+        50, ge=0, le=200, description="Their meter may differ this much from ours"
     )
     pre_sign_wh: int = Field(
         25,
