@@ -9,6 +9,7 @@ from troubles import DELIVERED_WH, ORDERED_WH, TROUBLES, Stand
 from agent.chain import contract
 from agent.chain.sender import Sender
 from agent.core import settling
+from agent.core.live import HeaderSeen
 
 
 class FakeStand(Stand):
@@ -115,3 +116,20 @@ async def test_a_settlement_is_paid_once_whatever_happens(stand, trouble):
     mined = stand.net.settlements(stand.opened.token)
     assert sum(succeeded for succeeded, _ in mined) <= 1
     assert len({tx.nonce for _, tx in mined}) == len(mined)
+
+
+async def test_a_backend_that_lags_makes_no_thief(stand):
+    """Would catch a third signature, mined in vain: one backend says "nonce too low", another has not seen our block yet."""
+    await stand.is_sent()
+    stand.between.swallows = True  # the replacement does not get through
+    await stand.wait_unmined(7)
+    assert len(stand.signatures()) == 2
+    stand.between.swallows = False
+    await stand.mine_now()
+    head = await stand.node.head()
+    stand.engine.observe(HeaderSeen(head.number, head.block_hash, head.timestamp_s))  # and its logs not yet
+    stand.node._lag = lambda: 1
+    await stand.act()
+    stand.node._lag = lambda: 0
+    await stand.is_paid_once(signatures=2)
+    assert [succeeded for succeeded, _ in stand.net.settlements(stand.opened.token)] == [True]
