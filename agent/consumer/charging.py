@@ -198,14 +198,13 @@ class Charging:
             await self.plug.carrier.post("receipt", receipt.message)
 
     async def _ask_again(self) -> None:
-        """Say what is known already: a provider that must repeat itself sees that we missed something, and says all of it again.
-        A phone that slept, or started anew, has no reading to sign for otherwise.
+        """Present again, byte for byte: the provider answers a repeat with the same acceptance, and then tells us all the rest anew. A
+        phone that slept, or an app that was started again, has no reading to sign for otherwise.
         """
-        if self.plug.errand.receipt is not None:
-            await self._repeat()
-        elif self.plug.errand.presented is not None:
-            self._posted_ms = self.plug.now_ms()
-            await self.plug.carrier.post("present", self.plug.errand.presented.message)
+        presented = self.plug.errand.presented
+        self._posted_ms = self.plug.now_ms()
+        if presented is not None:
+            await self.plug.carrier.post("present", presented.message)
 
     # ---- time
 

@@ -201,6 +201,28 @@ async def test_consumer_presents_signs_and_hears_each_news_once(plug, broker):
     assert consumer.messages(kind="refusal") == []
 
 
+async def test_a_consumer_that_repeats_itself_is_told_everything_again(plug, broker):
+    """Would catch a phone that slept through the one reading it must sign for: we pause, have nothing new to say, and after two
+    minutes the session ends.
+    """
+    terms = plug.plugged_in()
+    async with carried(plug, broker.port), listening(plug, broker.port) as consumer:
+        await consumer.until(lambda: consumer.heard[hello_topic()])
+        presentation = plug.present(terms, decode(consumer.heard[hello_topic()][0].payload))
+        await consumer.ask(presentation)
+        await consumer.until(lambda: consumer.messages(kind="accept"))
+        plug.read()
+        plug.read(5_012_345, power_w=11_000, pilot_state="C")
+        await consumer.until(
+            lambda: any(reading.delivered_wh == 12 for reading in consumer.messages(kind="reading"))
+        )
+        heard = consumer.messages(kind="reading")
+        await consumer.ask(presentation)
+        await consumer.until(lambda: len(consumer.messages(kind="accept")) == 2)
+        await consumer.until(lambda: len(consumer.messages(kind="reading")) > len(heard))
+        assert consumer.messages(kind="reading")[-1].delivered_wh == 12
+
+
 async def test_owner_telemetry_is_retained_and_small(plug, broker):
     """Would catch telemetry outside the owner's topics, unretained, or beyond what a broker lets through."""
     plug.delivering()
