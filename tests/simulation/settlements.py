@@ -2,8 +2,8 @@
 
     ended = settled(seed)          Run(seed, broken="", ...)
 
-What runs is the agent: engine, real journal on disk, watcher and sender; sessions begin where energy has ended. Each seed makes its
-mixture, most kinds of fault are off in most seeds. The storm lasts some blocks; then everything must come to its end.
+What runs is the agent: engine, real journal on disk, watcher and sender; sessions begin where energy has ended. Each seed makes
+its own mixture, most kinds of fault are off in most seeds. The storm lasts some blocks; then everything must come to its end.
 A power cut is a BaseException out of a question to the node or an append; the next life starts from the file only.
 """
 
