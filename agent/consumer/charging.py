@@ -198,8 +198,8 @@ class Charging:
             await self.plug.carrier.post("receipt", receipt.message)
 
     async def _ask_again(self) -> None:
-        """Present again, byte for byte: the provider answers a repeat with the same acceptance, and then tells us all the rest anew. A
-        phone that slept, or an app that was started again, has no reading to sign for otherwise.
+        """Present again, byte for byte: the provider answers a repeat with the same acceptance, and tells us all the rest anew.
+        A phone that slept, or an app that was started again, has no reading to sign for otherwise.
         """
         presented = self.plug.errand.presented
         self._posted_ms = self.plug.now_ms()
