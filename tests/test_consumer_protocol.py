@@ -112,8 +112,11 @@ def abi_line(entry):
     line = f"{entry['type']} {entry['name']}({', '.join(map(parameter, entry['inputs']))})"
     if entry.get("stateMutability") in ("view", "payable"):
         line += f" {entry['stateMutability']}"
-    if entry.get("outputs"):
-        line += f" returns ({', '.join(map(parameter, entry['outputs']))})"
+    outputs = entry.get("outputs", [])
+    if outputs and outputs[0]["type"] == "tuple":  # a struct: its own name is nobody's
+        outputs = [outputs[0] | {"name": ""}]
+    if outputs:
+        line += f" returns ({', '.join(map(parameter, outputs))})"
     return line
 
 
