@@ -218,8 +218,8 @@ class Node(Protocol):
         """Give the connections back. Never raises."""
 
 
-# How nodes word their refusal of a transaction (geth first, then nethermind, erigon, besu, anvil), by our name for
-# it. The order matters: "replacement transaction underpriced" is also "underpriced".
+# How nodes word their refusal of a transaction (geth and reth, nethermind, erigon, besu, anvil), by our name for it. The order
+# matters: "replacement transaction underpriced" is also "underpriced". tests/agent/chain/test_refusals.py has their sentences.
 SEND_REFUSALS: dict[str, tuple[str, ...]] = {
     "already_known": (
         "already known",
@@ -227,22 +227,50 @@ SEND_REFUSALS: dict[str, tuple[str, ...]] = {
         "alreadyknown",
         "known transaction",
         "already exists",
+        "with same hash",
     ),
     "nonce_too_low": ("nonce too low", "nonce is too low", "oldnonce", "nonce_too_low", "old nonce"),
-    "nonce_too_high": ("nonce too high", "nonce gap", "too distant", "noncegap"),
-    "replacement_underpriced": ("replacement", "could not replace", "replacementnotallowed"),
-    "underpriced": ("underpriced", "less than block base fee", "feetoolow", "gas price below"),
+    "nonce_too_high": (
+        "nonce too high",
+        "nonce gap",
+        "too distant",
+        "noncegap",
+        "far in future",
+        "farinfuture",
+        "replace pending",
+        "with a lower nonce",
+    ),
+    "replacement_underpriced": ("replacement", "could not replace", "to replace existing"),
+    "underpriced": (
+        "underpriced",
+        "less than block base fee",
+        "feetoolow",
+        "fee too low",
+        "gas price below",
+        "fee below minimum",
+    ),
     "unfunded": ("insufficient funds", "insufficient balance", "insufficientfunds", "upfront cost exceeds"),
     "gas_limit": (
         "intrinsic gas",
-        "exceeds block gas limit",
+        "intrinsicgas",
+        "block gas limit",
+        "transaction gas limit",
         "gas limit too",
+        "gas limit is too",
+        "gas limit reached",
+        "gaslimitexceeded",
         "out of gas",
         "floor data gas",
     ),
-    "fee_cap_of_node": ("exceeds the configured cap",),
-    "wrong_chain": ("invalid chain id", "invalid sender", "wrong chain", "chainid"),
-    "pool_full": ("pool is full", "pool limit"),
+    "fee_cap_of_node": ("exceeds the configured cap", "fee cap exceeded"),
+    "wrong_chain": ("invalid chain id", "invalid sender", "wrong chain", "chainid", "another chain"),
+    "pool_full": (
+        "pool is full",
+        "pool limit",
+        "account limit exceeded",
+        "transaction limit reached",
+        "spammer",
+    ),
 }
 
 
