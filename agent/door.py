@@ -295,6 +295,8 @@ class Door:
     def _ended(self, session: Session, sref: str) -> Message:
         """What is left to say about a session that ended, to its consumer only: the records carry signatures."""
         if session.presentation is None or session.presentation.sref != sref:
+            if self._engine.at_s >= session.terms.valid_until_s:
+                raise Refused("expired", "the token is no longer valid")
             raise Refused("too_late", "this session has ended")
         return self._final(session) if session.stage in CLOSED else self._status(session)
 

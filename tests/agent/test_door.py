@@ -665,6 +665,8 @@ def test_a_stranger_hears_nothing_of_the_end():
     visit = closed()
     for message in (visit.present(), visit.receipt(30), visit.stop(STRANGER)):
         assert visit.refused(message, sref="stranger") == "too_late"
+    _ = visit.story >> head(at_s=TERMS.valid_until_s)
+    assert visit.refused(visit.present(), sref="stranger") == "expired"
 
 
 def test_the_news_ends_a_day_later():
