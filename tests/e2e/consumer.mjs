@@ -4,12 +4,12 @@
 //
 // Settings: rpc, contract, keyFile, order {energyWh, startRate, biddingSeconds, tokenValiditySeconds}, and one of broker
 // (mqtt://...) and http (http://...). Optional: ownMeterFile (what our car measured, as {"delivered_mwh": n}), powerMaxW,
-// stopAtWh. Rules: it imports nothing of this repository, believes only signatures and the chain, and every wait ends.
+// stopAtWh, scheme (eip712, or eip191 for a wallet without typed data, whose account then signs every receipt). Rules: it imports nothing of this repository, believes only signatures and the chain, and every wait ends.
 
 import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
 import {
-  AbiCoder, Contract, JsonRpcProvider, TypedDataEncoder, Wallet, hexlify, keccak256, recoverAddress, solidityPackedKeccak256,
+  AbiCoder, Contract, JsonRpcProvider, TypedDataEncoder, Wallet, getBytes, hexlify, keccak256, recoverAddress, solidityPackedKeccak256,
 } from "ethers";
 import mqtt from "mqtt";
 
@@ -17,9 +17,10 @@ const settings = JSON.parse(readFileSync(process.argv[2]));
 const say = (...words) => console.error(new Date().toISOString().slice(11, 23), ...words);
 const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
 const lower = (address) => address.toLowerCase();
+const ZERO = "0x" + "00".repeat(20);
 
 const STEP_WH = 10, TOLERANCE_PERMILLE = 50n, TOLERANCE_WH = 20n; // their meter against ours: steps, losses, classes
-const RESEND_MS = 1_000, KNOCK_MS = 500, CHAIN_MS = 1_000, SILENCE_MS = 60_000, FINAL_MS = 30_000, AUCTION_MS = 180_000;
+const RESEND_MS = 1_000, KNOCK_MS = 500, CHAIN_MS = 1_000, SILENCE_MS = 150_000, FINAL_MS = 30_000, AUCTION_MS = 180_000;
 const NOT_YET = new Set(["not_yet_seen", "unknown_session", "rate_limited", "busy"]);
 const SIGN_ANEW = new Set(["stale_hello", "replayed"]);
 
@@ -28,7 +29,7 @@ const SIGN_ANEW = new Set(["stale_hello", "replayed"]);
 const ABI = [
   "function startAuction(uint64 energyWh, uint64 biddingSeconds, uint128 startRate, uint64 tokenValiditySeconds, bytes32 terms) payable",
   "function connect(address provider, uint64 energyWh) returns (bytes32 token)",
-  "function auctions(address consumer) view returns ((bool live, uint64 auctionNonce, uint64 energyWh, uint128 startRate, uint128 rate, address provider, uint64 closingTime, uint64 connectBy, uint64 tokenValiditySeconds, uint256 deposit, uint256 bond, bool operatorBond) auction)",
+  "function auctions(address consumer) view returns ((bool live, uint64 auctionNonce, uint64 energyWh, uint128 startRate, uint128 rate, address provider, uint64 closingTime, uint64 connectBy, uint64 tokenValiditySeconds, uint256 deposit, uint256 bond, bool operatorBond))",
   "function balances(address account) view returns (uint256)",
   "function operatorOf(address account) view returns (address operator, uint128 bondLimit, uint128 bondLocked)",
   "event SessionOpened(bytes32 indexed sessionId, bytes32 indexed token, address consumer, address indexed provider, uint64 auctionNonce, uint64 energyWh, uint128 rate, uint256 deposit, uint256 bond, uint64 issuedAt, uint64 validity)",
@@ -134,7 +135,9 @@ async function overHttp(_, sref, receive) {
 
 class Visit {
   constructor(session) {
-    Object.assign(this, { session, sessionKey: Wallet.createRandom(), inbox: [], signedWh: 0, ackedWh: 0, seq: -1, doubts: [] });
+    this.isPersonal = settings.scheme === "eip191";
+    this.sessionKey = this.isPersonal ? account : Wallet.createRandom();
+    Object.assign(this, { session, inbox: [], signedWh: 0, ackedWh: 0, seq: -1, doubts: [] });
     this.used = new Set();
     this.aliveAt = Date.now();
   }
@@ -162,12 +165,14 @@ class Visit {
     const nonceC = hexlify(randomBytes(32));
     const challenge = keccak256(AbiCoder.defaultAbiCoder().encode(
       ["bytes32", "bytes32"], [TypedDataEncoder.hashStruct("ProviderHello", only("ProviderHello"), hello), nonceC]));
-    const grant = { token, sessionId, provider, sessionKey: lower(this.sessionKey.address), maxEnergyWh: energyWh, validUntil: validity, challenge };
+    const granted = this.isPersonal ? { sessionKey: ZERO, maxEnergyWh: 0 } : { sessionKey: lower(this.sessionKey.address), maxEnergyWh: energyWh };
+    const grant = { token, sessionId, provider, ...granted, validUntil: validity, challenge };
     this.used.add(hello.nonce);
     this.challenge = challenge;
     this.presented = {
-      type: "present", scheme: "eip712", sessionId, token, chargerId: hello.chargerId, helloNonce: hello.nonce, nonceC, sessionKey: grant.sessionKey,
-      maxEnergyWh: energyWh, validUntil: validity, publicKey: account.signingKey.publicKey, signature: signature(account, domain, "PresentToken", grant),
+      type: "present", scheme: settings.scheme ?? "eip712", sessionId, token, chargerId: hello.chargerId, helloNonce: hello.nonce, nonceC, ...granted,
+      validUntil: validity, publicKey: account.signingKey.publicKey,
+      signature: this.isPersonal ? account.signMessageSync(getBytes(token)) : signature(account, domain, "PresentToken", grant),
     };
     this.presentedAt = Date.now();
     this.postedAt = 0;
