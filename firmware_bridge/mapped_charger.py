@@ -22,24 +22,18 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from firmware_bridge import counting
 from firmware_bridge.charger import BridgeError, Charger, Identity, Limits, MapError, PilotState, Reading
+from firmware_bridge.counting import Counting, check_direction, check_meter
 from firmware_bridge.cut_off import run_cut_off
 from firmware_bridge.device_map import PROOFS, DeviceMap, Point, Proof, Value, load_map
 from firmware_bridge.mapped_device import MappedDevice
 from firmware_bridge.modbus import Bus, Buses, Priority, Timing, parse_wire
 from firmware_bridge.plausibility import Bounds, Plausibility
 
-_HOT = (
-    "register_mwh",
-    "register_import_mwh",
-    "register_export_mwh",
-    "power_w",
-    "pilot_state",
-    "plugged",
-    "contactor_closed",
-    "fault",
-)
-_WARM = ("current_ma", "voltage_mv", "soc_permille")
+_HOT_OF_BOX = ("pilot_state", "plugged", "contactor_closed", "fault")
+_HOT = (*counting.HOT, *_HOT_OF_BOX)
+_WARM = (*counting.WARM, "soc_permille")
 _WARM_MS = 1_000  # everything that is not hot is read at most once a second (BRIDGE rule 13)
 _HOLD_ATTEMPTS = 3
 _HOLD_CHECK_MS = 1_000  # a hold that was verified is looked at again this often, not written again
@@ -108,10 +102,10 @@ async def open_charger(config: ChargerConfig, buses: Buses | None = None) -> Cha
     buses = buses or Buses()
     leased: list[Bus] = []
     try:
-        device = await _lease(buses, leased, charger_map, config.wire, config.device_id)
+        device = await lease_device(buses, leased, charger_map, config.wire, config.device_id)
         meter = None
         if config.meter is not None and meter_map is not None:
-            meter = await _lease(
+            meter = await lease_device(
                 buses, leased, meter_map, config.meter.wire or str(device.bus.wire), config.meter.device_id
             )
             if meter.bus is device.bus and meter.device_id == device.device_id:
@@ -138,7 +132,7 @@ async def open_to_stop(config: ChargerConfig, buses: Buses | None = None) -> Cha
         raise MapError(f"{charger_map.id} is a meter; there is nothing to stop in it")
     buses = buses or Buses()
     leased: list[Bus] = []
-    device = await _lease(buses, leased, charger_map, config.wire, config.device_id)
+    device = await lease_device(buses, leased, charger_map, config.wire, config.device_id)
     return MappedCharger(config.model_copy(update={"meter": None}), device, None, buses, leased)
 
 
@@ -155,7 +149,7 @@ async def device_reader(
     buses = Buses()
     leased: list[Bus] = []
     try:
-        device = await _lease(buses, leased, device_map, wire, device_id)
+        device = await lease_device(buses, leased, device_map, wire, device_id)
         yield lambda: device.read(list(device_map.reads))
     finally:
         for bus in leased:
@@ -171,9 +165,10 @@ async def read_device(map_name: str, wire: str, device_id: int | None = None) ->
         return await read()
 
 
-async def _lease(
+async def lease_device(
     buses: Buses, leased: list[Bus], device_map: DeviceMap, wire_text: str, device_id: int | None
 ) -> MappedDevice:
+    """One device on its bus, which is added to `leased`. Raises MapError and BridgeError as `open_charger` does."""
     defaults = device_map.wire
     wire = parse_wire(
         wire_text,
@@ -193,8 +188,8 @@ def _check_fit(config: ChargerConfig, charger_map: DeviceMap, meter_map: DeviceM
     """What cannot work together, before any wire is touched."""
     if charger_map.kind != "charger":
         raise MapError(f"{charger_map.id} is a meter; name it under meter, and a charger as map")
-    if meter_map is not None and meter_map.kind != "meter":
-        raise MapError(f"{meter_map.id} is no meter")
+    if meter_map is not None:
+        check_meter(meter_map)
     failsafe = charger_map.failsafe
     if (failsafe is None or not failsafe.zero_fallback) and not config.external_cut_off:
         raise MapError(
@@ -205,15 +200,7 @@ def _check_fit(config: ChargerConfig, charger_map: DeviceMap, meter_map: DeviceM
         raise MapError(
             f"{charger_map.id} has no counter that bills; add a meter: meter = {{ map = ..., wire = ... }}"
         )
-    if meter_map is not None and meter_map.energy.meter_required:
-        raise MapError(f"{meter_map.id} has no lifetime counter, so it cannot bill")
-    direction = (config.meter.direction if config.meter else None) or (
-        meter_map or charger_map
-    ).energy.forward
-    if (meter_map or charger_map).counter(direction) is None:
-        raise MapError(
-            f"{(meter_map or charger_map).id} has no {direction} counter; turn the meter's direction"
-        )
+    check_direction(meter_map or charger_map, config.meter.direction if config.meter else None)
 
 
 class MappedCharger:
@@ -230,12 +217,9 @@ class MappedCharger:
         self.config = config
         self._device = device
         self._meter = meter
-        self._counting = meter or device
+        self._counting = Counting(meter or device, config.meter.direction if config.meter else None)
         self._buses = buses
         self._leased = leased
-        self._direction = (
-            config.meter.direction if config.meter else None
-        ) or self._counting.map.energy.forward
         self.limits = self._limits()
         self._plausibility = Plausibility(Bounds(config.power_w_max, self.limits.counter_step_mwh))
         self._armed_ms: int | None = None  # the armed failsafe's timeout
@@ -245,16 +229,12 @@ class MappedCharger:
         self._hold_seen_ms: int | None = None
         self._warm: dict[str, Value | None] = {}
         self._warm_at_ms: int | None = None
-        self._power_w: int | None = None  # as last shown
 
     async def look_first(self) -> None:
         """Read once, and learn how fine the counter is at what it holds now."""
         await self.read()
-        counter = self._counting.map.counter(self._direction)
-        grain_mwh = self._counting.grain.get(counter.name, 0) if counter is not None else 0
-        if grain_mwh > self.limits.counter_step_mwh:
-            self.limits = replace(self.limits, counter_step_mwh=grain_mwh)
-            self._plausibility = Plausibility(Bounds(self.config.power_w_max, grain_mwh))
+        self.limits = replace(self.limits, counter_step_mwh=self._counting.step_mwh)
+        self._plausibility = Plausibility(Bounds(self.config.power_w_max, self.limits.counter_step_mwh))
 
     @property
     def _relies_on_failsafe(self) -> bool:
@@ -276,9 +256,9 @@ class MappedCharger:
             current_ma_max=most if limit is None or limit.high is None else min(limit.high, most),
             phase_count=self.config.phase_count,
             voltage_mv=self.config.voltage_mv,
-            counter_step_mwh=max(1, self._counting.map.energy.step_mwh),
+            counter_step_mwh=self._counting.step_mwh,
             poll_interval_ms=max(
-                self._device.map.wire.poll_interval_ms, self._counting.map.wire.poll_interval_ms
+                self._device.map.wire.poll_interval_ms, self._counting.device.map.wire.poll_interval_ms
             ),
         )
 
@@ -521,9 +501,9 @@ class MappedCharger:
         """One look: hot quantities now, the others at most a second old. Power and register come from the
         meter if there is one.
         """
-        hot = await self._device.read([name for name in _HOT if self._meter is None or not _is_metered(name)])
+        hot = await self._device.read(_HOT if self._meter is None else _HOT_OF_BOX)
         if self._meter is not None:
-            hot.update(await self._meter.read([name for name in _HOT if _is_metered(name)]))
+            hot.update(await self._meter.read(counting.HOT))
         await self._read_warm()
         at_ms = self._now_ms()
         return self._reading(at_ms, {**self._warm, **hot})
@@ -548,27 +528,16 @@ class MappedCharger:
                 del self._written[name]
 
     def _reading(self, at_ms: int, seen: Mapping[str, Value | None]) -> Reading:
-        sign = 1 if self._direction == self._counting.map.energy.forward else -1
-        counter = self._counting.map.counter(self._direction)
-        register = seen.get(counter.name) if counter is not None else None
-        register_mwh = register if isinstance(register, int) else None
-        shown_w = seen.get("power_w", 0)
-        power_w = sign * shown_w if isinstance(shown_w, int) else None
+        register_mwh = self._counting.register_mwh(seen)
+        power_w = self._counting.power_w_shown(seen)
         pilot = seen.get("pilot_state")
         contactor = seen.get("contactor_closed")
         own_fault = seen.get("fault")
         implausible = self._plausibility.judge(at_ms, register_mwh, power_w, self._held_since_ms)
-        if power_w is not None:
-            self._power_w = power_w
-        if self._power_w is None:
-            raise BridgeError(
-                "power_unreadable",
-                f"{self._counting.map.id} shows no power; is a meter fitted, and of the type that is set up?",
-            )
         return Reading(
             at_ms=at_ms,
             register_mwh=register_mwh,
-            power_w=self._power_w,  # the last one shown: a stop is not seen in what is not shown
+            power_w=self._counting.power_w,
             current_ma=_number(seen.get("current_ma"), 0),
             voltage_mv=_number(seen.get("voltage_mv"), self.limits.voltage_mv),
             pilot_state="A" if seen.get("plugged") is False else _pilot(pilot),
@@ -581,10 +550,6 @@ class MappedCharger:
         """Give the wires back. Never raises."""
         while self._leased:
             await self._buses.release(self._leased.pop())
-
-
-def _is_metered(name: str) -> bool:
-    return name == "power_w" or name.startswith("register_")
 
 
 def _number(value: Value | None, otherwise: int) -> int:

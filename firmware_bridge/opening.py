@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from firmware_bridge import mapped_charger, rapi
+from firmware_bridge import mapped_charger, metered_charger, rapi
 from firmware_bridge.charger import Charger
 from firmware_bridge.device_map import Value, load_map
 from firmware_bridge.mapped_charger import ChargerConfig
@@ -26,7 +26,10 @@ def is_rapi(wire: str) -> bool:
 async def open_charger(config: ChargerConfig, buses: Buses) -> Charger:
     """Open the wires and look once; nothing is energised. Raises MapError and BridgeError, each saying what to do."""
     if is_rapi(config.wire):
-        return await rapi.open_rapi(config)
+        if config.meter is not None:
+            metered_charger.check_beside(config.meter)
+        box = await rapi.open_rapi(config)
+        return box if config.meter is None else await metered_charger.beside(box, config, buses)
     return await mapped_charger.open_charger(config, buses)
 
 
@@ -61,7 +64,7 @@ def falls_to_zero(config: ChargerConfig) -> bool:
 
 def editions(config: ChargerConfig) -> Mapping[str, str]:
     """SHA-256 of each device map in use: a report about another edition of a map proves nothing about this one."""
-    if is_rapi(config.wire):
-        return {rapi.MAP: hashlib.sha256(_RAPI_EDITION).hexdigest()}
-    maps = [load_map(name) for name in (config.map, config.meter.map if config.meter else None) if name]
-    return {one.id: one.digest for one in maps}
+    names = [] if is_rapi(config.wire) else [config.map]
+    maps = [load_map(name) for name in (*names, *([config.meter.map] if config.meter else []))]
+    rapi_edition = {rapi.MAP: hashlib.sha256(_RAPI_EDITION).hexdigest()} if is_rapi(config.wire) else {}
+    return rapi_edition | {one.id: one.digest for one in maps}

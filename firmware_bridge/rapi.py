@@ -8,6 +8,7 @@ Rules (BRIDGE rules 6 and 7)
 * The box cannot fall back to 0 A: its heartbeat (`$SY`) throttles to 6 A. So the configuration must name an external cut-off, and
   two outer bounds run along: the energy limit (`$SH`, whole kWh) and the time limit (`$S3`, quarters of an hour) always end a
   little ahead of what has flowed. Whoever goes silent leaves at most 1.2 kWh or 20 minutes at 6 A behind.
+* A separate meter may count instead (`metered_charger.py`); then nothing the box measures is believed.
 * The lifetime counter is made of two of the box's: all finished plug-ins plus whole Wh of this one. It is read between two looks
   at the plug, because the box adds one to the other when the cable is pulled.
 
@@ -280,8 +281,6 @@ def _check_fit(config: ChargerConfig) -> None:
         )
     if config.failsafe_timeout_s > HEARTBEAT_S_MAX:
         raise MapError(f"{MAP} takes a failsafe_timeout_s of at most {HEARTBEAT_S_MAX}")
-    if config.meter is not None:
-        raise MapError(f"{MAP} bills by its own counter; a separate meter is not read beside it")
 
 
 async def open_rapi(config: ChargerConfig, *, to_stop: bool = False) -> RapiCharger:
@@ -347,6 +346,10 @@ class RapiCharger:
         self._missed = False  # the heartbeat's miss, as last looked at
         self._looked_ms: int | None = None
 
+    @property
+    def _is_metered(self) -> bool:
+        return self.config.meter is not None
+
     @staticmethod
     def _now_ms() -> int:
         return int(asyncio.get_running_loop().time() * 1000)
@@ -384,9 +387,12 @@ class RapiCharger:
         return State(*await self._numbers("GS", 16, 10, 16, 16))
 
     async def look_at_limits(self) -> None:
-        """What the box is built and set to. Narrows `limits`; MapError for a box without an ammeter."""
-        if (await self._numbers("GG", 10, 10))[0] < 0:
-            raise MapError("this OpenEVSE has no ammeter, so it can neither bill nor show that power stopped")
+        """What the box is built and set to. Narrows `limits`; MapError for a box without an ammeter and without a meter."""
+        if not self._is_metered and (await self._numbers("GG", 10, 10))[0] < 0:
+            raise MapError(
+                "this OpenEVSE has no ammeter, so it can neither bill nor show that power stopped; add a meter: "
+                "meter = { map = ..., wire = ... }"
+            )
         low_a, _, _, high_a = await self._numbers("GC", 10, 10, 10, 10)
         self.limits = self._limits(low_a * 1000, high_a * 1000)
 
@@ -565,7 +571,11 @@ class RapiCharger:
         same_plug = plugged == bool(before.flags & EV_CONNECTED)
         register_mwh = (total_wh + self._session_wh) * 1000 if same_plug else None
         power_w = milliamps * millivolts * self.limits.phase_count // 1_000_000
-        implausible = self._plausibility.judge(at_ms, register_mwh, power_w, self._held_since_ms)
+        implausible = (
+            None  # its numbers are nobody's bill, and its ammeter may be what the meter is there for
+            if self._is_metered
+            else self._plausibility.judge(at_ms, register_mwh, power_w, self._held_since_ms)
+        )
         return Reading(
             at_ms=at_ms,
             register_mwh=register_mwh,

@@ -57,7 +57,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--tcp", metavar="HOST:PORT", help="Listen for Modbus TCP; port 0 takes any free one.")
 @click.option("--pty", metavar="LINK", help="Be a serial device: make this link to a pty (parity N).")
 @click.option(
-    "--rapi", metavar="LINK", help="Be an OpenEVSE instead (RAPI, not Modbus): make this link to a pty."
+    "--rapi",
+    metavar="LINK",
+    help="Be an OpenEVSE instead (RAPI, not Modbus): make this link to a pty. "
+    "--meter-map with --tcp or --pty puts a meter beside it.",
 )
 @click.option("--rtu", is_flag=True, help="Speak RTU frames over --tcp, as a simple gateway does.")
 @click.option("--device-id", type=click.IntRange(0, 255), help="Default: the map's.")
@@ -80,8 +83,12 @@ def simulate(**given: Any) -> None:
     """Be a charger: any device map, with physics, until SIGTERM. Prints `listening on ...` when ready."""
     from firmware_bridge.simulator import command
 
-    if [given["tcp"], given["pty"], given["rapi"]].count(None) != 2:
-        raise click.UsageError("give exactly one of --tcp HOST:PORT, --pty LINK and --rapi LINK")
+    wires = [given["tcp"], given["pty"]]
+    if wires.count(None) != (2 if given["rapi"] and not given["meter_map"] else 1):
+        raise click.UsageError(
+            "give exactly one of --tcp HOST:PORT, --pty LINK and --rapi LINK; "
+            "--rapi with --meter-map takes one more, for the meter"
+        )
     say = command.say_as(given.pop("as_json"))
     truth, record, replay, rapi = (given.pop(name) for name in ("truth", "record", "replay", "rapi"))
     try:
@@ -99,7 +106,9 @@ def simulate(**given: Any) -> None:
 async def _rapi(
     link: str, given: Mapping[str, Any], truth: Path | None, say: Callable[[Mapping[str, object]], None]
 ) -> None:
-    """Be an OpenEVSE; of the options above, those about the car and its counter count."""
+    """Be an OpenEVSE; of the options above, those about the car, its counter and a meter count."""
+    from dataclasses import replace
+
     from firmware_bridge.simulator.command import simulator_config
     from firmware_bridge.simulator.rapi import RapiSimulatorConfig, run_rapi_simulator, single_phase
 
@@ -107,7 +116,13 @@ async def _rapi(
     plant = simulator_config(
         device_map="simulated", tcp="", pty=None, **{name: given[name] for name in about_the_car}
     ).plant
-    await run_rapi_simulator(RapiSimulatorConfig(link, plant=single_phase(plant)), truth_file=truth, say=say)
+    meter = None
+    if given["meter_map"] is not None:
+        names = ("tcp", "pty", "rtu", "pins")
+        meter = simulator_config(device_map=given["meter_map"], **{name: given[name] for name in names})
+        meter = replace(meter, device_id=given["meter_device_id"])
+    box = RapiSimulatorConfig(link, plant=single_phase(plant))
+    await run_rapi_simulator(box, meter=meter, truth_file=truth, say=say)
 
 
 for each in (ports, probe, watch, commission):

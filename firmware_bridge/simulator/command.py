@@ -184,7 +184,12 @@ def say_as(as_json: bool) -> Callable[[Mapping[str, object]], None]:
                 if isinstance(several, dict)
                 else f"{message['map']}, device id {message['device_id']}"
             )
-            _line(f"listening on {message['wire']} as {who}")
+            beside = (
+                f"; {message['meter_map']} beside it on {message['meter_wire']}"
+                if "meter_wire" in message
+                else ""
+            )
+            _line(f"listening on {message['wire']} as {who}{beside}")
         elif message["event"] == "replayed":
             _line(f"{message['unknown_requests']} requests were not in the trace")
         else:

@@ -24,7 +24,7 @@ from typing import Self
 
 from firmware_bridge.simulator.plant import Plant, PlantConfig
 from firmware_bridge.simulator.serial_line import SerialLine
-from firmware_bridge.simulator.server import Truth
+from firmware_bridge.simulator.server import Simulator, SimulatorConfig, Truth
 
 TRUTH_EVERY_S = 0.5
 TICK_S = 0.05  # how often unasked news are looked for
@@ -303,17 +303,26 @@ class RapiSimulator:
 async def run_rapi_simulator(
     config: RapiSimulatorConfig,
     *,
+    meter: SimulatorConfig | None = None,
     truth_file: Path | None = None,
     say: Callable[[Mapping[str, object]], None],
 ) -> Truth:
-    """Simulate until SIGTERM or SIGINT. `say` gets `{event: listening | ended, ...}`. Returns the truth at the end."""
+    """Simulate until SIGTERM or SIGINT. `say` gets `{event: listening | ended, ...}`. Returns the truth at the end.
+
+    `meter`: a Modbus meter in front of the box, on a wire of its own.
+    """
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    async with RapiSimulator(config) as box:
+    async with contextlib.AsyncExitStack() as wires:
+        box = await wires.enter_async_context(RapiSimulator(config))
+        who: dict[str, object] = {"wire": box.wire, "map": "openevse_rapi", "device_id": 0}
+        if meter is not None:
+            beside = await wires.enter_async_context(Simulator(meter, box.plant))
+            who |= {"meter_map": meter.map, "meter_wire": beside.wire}
         _write_truth(truth_file, box.truth())
-        say({"event": "listening", "wire": box.wire, "map": "openevse_rapi", "device_id": 0})
+        say({"event": "listening", **who})
         while not told_to_stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(told_to_stop.wait(), TRUTH_EVERY_S)

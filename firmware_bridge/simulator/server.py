@@ -106,7 +106,8 @@ class Truth:
 class Simulator:
     """`async with Simulator(config) as simulator:` listens at `simulator.wire` until the block ends."""
 
-    def __init__(self, config: SimulatorConfig) -> None:
+    def __init__(self, config: SimulatorConfig, measured: Plant | None = None) -> None:
+        """`measured`: the plant of somebody else's charger, that these devices (meters) measure."""
         if (config.tcp is None) == (config.pty is None):
             raise MapError("simulate on exactly one of tcp (HOST:PORT) and pty (a link to make)")
         self.config = config
@@ -117,7 +118,8 @@ class Simulator:
         self.writes: list[
             tuple[int, int, tuple[int, ...]]
         ] = []  # (device id, address, words), newest last, bounded
-        self.plant = Plant(config.plant)
+        self._measured = measured
+        self.plant = measured or Plant(config.plant)
         self.devices: dict[int, _Device] = {}
         self.scenario = Scenario(config.scenario)
         self._slave: TcpSlave | SerialSlave | None = None
@@ -126,7 +128,7 @@ class Simulator:
 
     async def __aenter__(self) -> Self:
         self._began_ms = self._now_ms()
-        self.plant = Plant(self.config.plant, self._began_ms)
+        self.plant = self._measured or Plant(self.config.plant, self._began_ms)
         self.devices = self._laid_out()
         exchange = Exchange(self._answer, self.scenario, self.config.tap)
         wire = self.map.wire

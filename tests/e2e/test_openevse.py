@@ -34,16 +34,23 @@ def reported(stage, wire, environ):
     return path
 
 
-def test_an_openevse_sells_to_the_watt_hour(tmp_path):
-    """Would catch a serial charger that the daemon cannot open, drive or stop, and a counter of two halves that bills wrong."""
+@pytest.mark.parametrize("meter", ["", pytest.param("janitza_b2x", marks=pytest.mark.long)])
+def test_an_openevse_sells_to_the_watt_hour(tmp_path, meter):
+    """Would catch a serial charger that the daemon cannot open, drive or stop, and a counter of two halves that bills wrong;
+    and a Modbus meter beside it whose register does not reach the bill.
+    """
     with Stage(tmp_path, broker=False) as stage:
-        box = stage.charger(where=("--rapi", tmp_path / "ttyOpenEVSE"))
+        beside = ("--meter-map", meter, "--tcp", "127.0.0.1:0") if meter else ()
+        box = stage.charger(where=("--rapi", tmp_path / "ttyOpenEVSE", *beside))
         port = {
             "PORTS__0__MAP": "openevse_rapi",
             "PORTS__0__PHASE_COUNT": 1,
             "PORTS__0__EXTERNAL_CUT_OFF": "K1",
             "PORTS__0__FAILSAFE_TIMEOUT_S": 3,
         }
+        if meter:
+            listening = json.loads(box.heard(r"^\{.*listening.*\}$")[0])
+            port |= {"PORTS__0__METER__MAP": meter, "PORTS__0__METER__WIRE": listening["meter_wire"]}
         report = reported(stage, box.wire, port)
         agent = stage.agent(box, **port, PORTS__0__COMMISSIONING=report).started()
         box.zero_at_ms(20)  # by itself it had begun to charge

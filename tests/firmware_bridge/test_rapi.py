@@ -17,7 +17,7 @@ from plug import eventually
 
 from firmware_bridge import rapi
 from firmware_bridge.charger import BridgeError, MapError
-from firmware_bridge.mapped_charger import ChargerConfig, MeterConfig
+from firmware_bridge.mapped_charger import ChargerConfig
 from firmware_bridge.rapi import News, RapiLine, Reply, frame, open_rapi, outer_bounds, parse
 from firmware_bridge.simulator import PlantConfig
 from firmware_bridge.simulator.rapi import RapiSimulator, RapiSimulatorConfig, single_phase
@@ -435,7 +435,6 @@ async def test_the_last_resort_is_the_configured_program(tmp_path):
     [
         ({"map": "simulated"}, 'write map = "openevse_rapi"'),
         ({"external_cut_off": None}, "external_cut_off"),
-        ({"meter": MeterConfig(map="webasto_next")}, "its own counter"),
         ({"wire": "rapi://host/dev"}, "write rapi:///dev"),
     ],
 )
