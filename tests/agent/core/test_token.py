@@ -1,6 +1,8 @@
 """Token, digests, signatures: our arithmetic against published vectors and an independent implementation (eth_account)."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from eth_account import Account
@@ -396,3 +398,17 @@ def test_a_receipt_is_good_for_its_own_amount_only(signed_wh, claimed_wh, limit)
 def test_an_address_is_spelled_as_eip_55_says(address: str) -> None:
     """Would catch a typing mistake accepted as somebody else's account; the vectors are EIP-55's own."""
     assert rules.checksummed(Address(bytes.fromhex(address[2:]))) == address
+
+
+def test_who_signed_is_decided_in_one_place():
+    """Would catch a second reader of signatures, which would sooner or later take what the contract does not pay."""
+    ours = Path(rules.__file__)
+    word = re.compile(r"\b(from_signature_and_message|recover_public_key)\b|\bis_canonical\(")
+    elsewhere = [
+        file.name
+        for room in ("agent", "firmware_bridge")
+        for file in (ours.parents[2] / room).rglob("*.py")
+        if file != ours and word.search(file.read_text())
+    ]
+    assert not elsewhere
+    assert word.search(ours.read_text())
