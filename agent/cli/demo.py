@@ -1,4 +1,6 @@
-"""`v2v demo`: one whole evening, shown as it happens. Exit code 0 only when it was settled and the money adds up."""
+"""`v2v demo`: one whole evening, shown as it happens. Exit code 0 only when it was settled and the money adds up,
+and, in the thief's story, when every theft was refused by its right name.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,15 @@ if TYPE_CHECKING:
 @click.option(
     "--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep settings, journals, logs here."
 )
+@click.option(
+    "--story",
+    type=click.Choice(["evening", "thief"]),
+    default="evening",
+    show_default=True,
+    help="thief: somebody at the broker replays and forges meanwhile, and is refused by name.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, alone on standard output.")
-def demo(seed: int, energy_wh: int, keep: Path | None, as_json: bool) -> None:
+def demo(seed: int, energy_wh: int, keep: Path | None, story: str, as_json: bool) -> None:
     """Play one whole evening: market, two providers, one consumer, 22 kW, about a minute."""
     click.echo("v2v demo: loading the chain, the broker and the charger ...", err=as_json)
     try:
@@ -50,13 +59,18 @@ def demo(seed: int, energy_wh: int, keep: Path | None, as_json: bool) -> None:
         directory = (keep or Path(temporary)).resolve()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            summary = asyncio.run(_until_told(evening(EveningSettings(directory, seed, energy_wh), screen)))
+            settings = EveningSettings(directory, seed, energy_wh, thief=story == "thief")
+            summary = asyncio.run(_until_told(evening(settings, screen)))
         except asyncio.CancelledError:
             sys.exit(128 + signal.SIGTERM)
     if as_json:
         click.echo(json.dumps(summary.as_json()))
     if summary.stage != "SETTLED":
         raise Refused("not_settled", f"the session ended {summary.stage}")
+    if story == "thief" and not (summary.thief and all(attempt.is_refused for attempt in summary.thief)):
+        raise Refused(
+            "not_refused", "the thief was not refused as he should have been; the table above says where"
+        )
 
 
 async def _until_told(play: Coroutine[Any, Any, EveningSummary]) -> EveningSummary:

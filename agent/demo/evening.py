@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from agent.demo import market as setup
 from agent.demo.broker import Broker
 from agent.demo.devnet import Devnet
 from agent.demo.screen import Glance, Moment, MoneyRow, Screen
+from agent.demo.thief import LATER_S, Attempt, Thief, Wiretap
 from agent.errors import Transient
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 
@@ -65,6 +66,7 @@ class EveningSettings:
     directory: Path
     seed: int = 0
     energy_wh: int = 200
+    thief: bool = False  # somebody at the broker replays and forges meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,14 @@ class EveningSummary:
     session_id: str
     true_mwh: int  # what the simulated plant really let through
     seconds: float
+    thief: tuple[Attempt, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
+        """For `--json`; `thief` only where there was one."""
+        body = asdict(self)
+        if not body.pop("thief"):
+            return body
+        return {**body, "thief": [{**asdict(one), "refused": one.is_refused} for one in self.thief]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +128,12 @@ async def evening(settings: EveningSettings, screen: Screen) -> EveningSummary:
     try:
         async with asyncio.timeout(EVENING_TIMEOUT_S), AsyncExitStack() as stack:
             stage = await _set_stage(settings, screen, stack)
+            thief = _thief(stage) if settings.thief else None
             before = await _fortunes(stage)
-            bought, moments = await _trade(stage)
+            bought, moments = await _trade(stage, thief)
             after = await _fortunes(stage)
-            return await _count(stage, bought, moments, before, after)
+            summary = await _count(stage, bought, moments, before, after)
+            return summary if thief is None else await _thief_returns(stage, thief, summary)
     except TimeoutError as error:
         raise Transient(
             f"the evening did not end within {EVENING_TIMEOUT_S:.0f} s",
@@ -228,19 +236,44 @@ def _last_words(directory: Path) -> str:
 # ---- the trade
 
 
-async def _trade(stage: _Stage) -> tuple[JourneySummary, list[Moment]]:
+def _thief(stage: _Stage) -> Thief:
+    """At this broker, where he knows every door."""
+    place = BrokerPlace("127.0.0.1", stage.broker.port)
+    return Thief(
+        stage.domain,
+        stage.net.seed,
+        {one.owner.address: one.owner.label for one in stage.providers},
+        way=lambda sref: MqttCarrier(place, sref),
+        say=stage.screen.attempt,
+    )
+
+
+async def _thief_returns(stage: _Stage, thief: Thief, summary: EveningSummary) -> EveningSummary:
+    """Everything is paid and counted; he comes back when the token's time is over."""
+    stage.net.methods.increase_time(LATER_S)
+    await thief.return_later()
+    stage.screen.attempts(thief.attempts)
+    return replace(summary, thief=tuple(thief.attempts), seconds=round(stage.screen.seconds, 1))
+
+
+async def _trade(stage: _Stage, thief: Thief | None) -> tuple[JourneySummary, list[Moment]]:
     moments: list[Moment] = []
     started = asyncio.Event()
+    said = ""
 
     def tell(progress: Progress) -> None:
-        if progress.step is Step.CHARGE:
+        nonlocal said
+        if progress.step is Step.CHARGE or progress.words == said:
             return  # the live view shows it, from the provider's side
+        said = progress.words
         stage.screen.tell(f"[bold]{CONSUMER}[/bold] {progress.words}")
         if progress.step is Step.BIDDING:
             started.set()
 
     async with asyncio.TaskGroup() as group:
-        buying = group.create_task(_buy(stage, tell))
+        buying = group.create_task(_buy(stage, tell, thief))
+        if thief is not None:
+            group.create_task(thief.visit())
         await started.wait()
         for one, percent in zip(stage.providers, (90, 80), strict=True):
             moments.append(await _bid(stage, one, RATE_START_WEI_PER_KWH * percent // 100))
@@ -251,7 +284,7 @@ async def _trade(stage: _Stage) -> tuple[JourneySummary, list[Moment]]:
     return bought, moments
 
 
-async def _buy(stage: _Stage, tell: Any) -> JourneySummary:
+async def _buy(stage: _Stage, tell: Any, thief: Thief | None) -> JourneySummary:
     consumer, settings = stage.consumer, stage.settings
     path = settings.directory / CONSUMER / "journal.sqlite"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -271,7 +304,8 @@ async def _buy(stage: _Stage, tell: Any) -> JourneySummary:
     )
     order = Order(settings.energy_wh, RATE_START_WEI_PER_KWH, BIDDING_S, TOKEN_VALIDITY_S)
     try:
-        async with MqttCarrier(BrokerPlace("127.0.0.1", stage.broker.port), sref) as carrier:
+        place = BrokerPlace("127.0.0.1", stage.broker.port)
+        async with MqttCarrier(place, sref) if thief is None else Wiretap(place, sref, thief) as carrier:
             return await journey.charge(order, carrier)
     finally:
         journal.close()

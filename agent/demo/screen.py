@@ -12,10 +12,12 @@ from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from agent.core.units import WH_PER_KWH
+from agent.demo.thief import Attempt
 
 WEI_PER_COIN = 10**18
 LINE_EVERY_S = 5.0  # without a terminal: a line now and then instead of a bar
@@ -117,6 +119,26 @@ class Screen:
         for moment in sorted(moments, key=lambda one: one.at_s):
             gas = "" if moment.gas is None else f"{moment.gas}"
             table.add_row(f"{moment.at_s:.1f}", moment.who, moment.what, gas, moment.tx_hash)
+        self._console.print()
+        self._console.print(table)
+
+    def attempt(self, attempt: Attempt) -> None:
+        """One theft, as it is answered."""
+        answer = (
+            f"[red]{attempt.reason}[/red]"
+            if attempt.is_refused
+            else f"[bold red]{attempt.reason}[/bold red] ?!"
+        )
+        detail = f" ({escape(attempt.detail)})" if attempt.detail else ""
+        self.tell(f"[bold]the thief[/bold] at {attempt.at}: {attempt.what}: {answer}{detail}")
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """What the thief got for his evening."""
+        table = Table(title="The thief", title_justify="left", box=None, pad_edge=False)
+        for name in ("at", "what he tried", "the agent's answer", "he got"):
+            table.add_column(name)
+        for one in attempts:
+            table.add_row(one.at, one.what, one.reason, "nothing" if one.is_refused else "SOMETHING")
         self._console.print()
         self._console.print(table)
 
