@@ -505,6 +505,24 @@ def load_agent(path: Path, environ: Mapping[str, str]) -> AgentConfig:
     return read_settings(AgentConfig, path, environ, example="config/agent.toml")
 
 
+SOCKET_NAME = "agent.sock"
+SYSTEMD_RUNTIME = Path("/run/v2v-agent")  # config/v2v-agent.service: RuntimeDirectory=
+
+
+def socket_path(config: AgentConfig, environ: Mapping[str, str]) -> Path:
+    """Where the running agent answers its owner: in the runtime directory systemd gave it, else beside its journal."""
+    runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return (Path(runtime) if runtime else config.journal.path.parent) / SOCKET_NAME
+
+
+def socket_found(config: AgentConfig, environ: Mapping[str, str]) -> Path | None:
+    """The same, for a command line that knows only the settings: beside the journal, or the service's; None when neither is."""
+    for path in (socket_path(config, environ), SYSTEMD_RUNTIME / SOCKET_NAME):
+        if path.is_socket():
+            return path
+    return None
+
+
 def load_ports(path: Path, environ: Mapping[str, str]) -> tuple[PortConfig, ...]:
     """Only the `[[ports]]` of `agent.toml`: chargers can be stopped whatever is wrong with the rest of it."""
     return read_settings(_PortsConfig, path, environ, example="config/agent.toml").ports

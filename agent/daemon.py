@@ -26,7 +26,7 @@ from agent.chain.node import Node, Web3Node, check_deployment
 from agent.chain.rpc import shown
 from agent.chain.sender import Sender
 from agent.commissioned import require_commissioned
-from agent.config import AgentConfig, PortConfig
+from agent.config import AgentConfig, PortConfig, socket_path
 from agent.core.book import Book
 from agent.core.events import Event
 from agent.core.live import Beat, Policy
@@ -51,6 +51,7 @@ from agent.runners.chain_send import ChainSend
 from agent.runners.chain_watch import ChainWatch, WatchSettings
 from agent.runners.charger import ChargerRunner
 from agent.runners.http import HttpRunner
+from agent.runners.local import LocalRunner
 from agent.runners.mqtt import BrokerAddress, MqttRunner
 from agent.runners.systemd import SystemdRunner
 from contracts import load_artefact
@@ -245,15 +246,10 @@ def _unreachable(port: PortConfig, error: BridgeError) -> Transient:
 
 @asynccontextmanager
 async def _node(config: AgentConfig) -> AsyncIterator[Node]:
-    urls = config.chain.urls
-    nodes = [Web3Node(url) for url in urls]
-    node: Node = nodes[0]
-    if len(nodes) > 1:
-        endpoints = [
-            Endpoint(shown(url), one, can_watch=url.startswith("ws"))
-            for url, one in zip(urls, nodes, strict=True)
-        ]
-        node = FailoverNode(endpoints, config.chain.chain_id, time.monotonic, log.warning)
+    endpoints = [
+        Endpoint(shown(url), Web3Node(url), can_watch=url.startswith("ws")) for url in config.chain.urls
+    ]
+    node = FailoverNode(endpoints, config.chain.chain_id, time.monotonic, log.warning)
     try:
         yield node
     finally:
@@ -330,6 +326,7 @@ def _runners(
         *chargers,
         ChainWatch(engine, node, domain, provider, settings, time.monotonic),
         ChainSend(engine, node, sender, domain.contract),
+        LocalRunner(engine, socket_path(config, environ)),
         SystemdRunner(
             engine, lambda: {charger.port: charger.beat_at_ms for charger in chargers}, monotonic_ms, environ
         ),

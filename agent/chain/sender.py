@@ -194,26 +194,8 @@ class Sender:
         return await self._node.send_raw(raw_tx)
 
     async def wait_mined(self, tx_hash: bytes, timeout_s: float) -> Receipt:
-        """The receipt, at whatever depth. A node that is away meanwhile is asked again; Transient after
-        `timeout_s`.
-        """
-        trouble: Transient | None = None
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    try:
-                        receipt = await self._node.receipt(tx_hash)
-                    except Transient as problem:
-                        trouble = problem
-                    else:
-                        if receipt is not None:
-                            return receipt
-                    await asyncio.sleep(RECEIPT_POLL_S)
-        except TimeoutError:
-            raise Transient(
-                f"transaction {hex0x(tx_hash)} is in no block after {timeout_s:g} s",
-                remedy="It may still get there: look for it before you send it again.",
-            ) from trouble
+        """The receipt, at whatever depth, as `wait_mined`."""
+        return await wait_mined(self._node, tx_hash, timeout_s)
 
     async def send_and_wait(
         self,
@@ -264,6 +246,27 @@ class Sender:
             f"{short(self.address)} has {balance_wei} wei, but the transaction may need {needed_wei}",
             remedy=f"Send at least {missing_wei} wei to {hex0x(self.address)} on chain {self._chain_id}.",
         )
+
+
+async def wait_mined(node: Node, tx_hash: bytes, timeout_s: float) -> Receipt:
+    """The receipt, at whatever depth. A node that is away meanwhile is asked again; Transient after `timeout_s`."""
+    trouble: Transient | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    receipt = await node.receipt(tx_hash)
+                except Transient as problem:
+                    trouble = problem
+                else:
+                    if receipt is not None:
+                        return receipt
+                await asyncio.sleep(RECEIPT_POLL_S)
+    except TimeoutError:
+        raise Transient(
+            f"transaction {hex0x(tx_hash)} is in no block after {timeout_s:g} s",
+            remedy="It may still get there: look for it before you send it again.",
+        ) from trouble
 
 
 def _bumped(fee_wei: int) -> int:

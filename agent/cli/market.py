@@ -27,7 +27,7 @@ import click
 from agent.chain import contract
 from agent.cli.output import ADDRESS, ether
 from agent.cli.remedies import with_remedy
-from agent.config import ChainConfig, load_agent, load_consumer
+from agent.config import ChainConfig, load_agent, load_consumer, socket_found
 from agent.core.units import Address, hex0x
 from agent.errors import Misconfigured, Refused
 from contracts import load_artefact
@@ -61,17 +61,23 @@ class Access:
     key: str | None = None
     password: str | None = None
     timeout_s: float = 120
+    socket: Path | None = None  # where the running agent of these settings answers
 
 
-def market_options(side: Side | None, *, signs: bool, deploys: bool = False) -> Callable[[Command], Command]:
-    """Add the options above to a command; it is called with `access` besides its own parameters."""
+def market_options(
+    side: Side | None, *, signs: bool, deploys: bool = False, through_agent: bool = False
+) -> Callable[[Command], Command]:
+    """Add the options above to a command; it is called with `access` besides its own parameters. `through_agent`: without a
+    key the running agent of the settings is asked to sign.
+    """
     options = _options(side, signs=signs, deploys=deploys)
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def with_access(**given: Any) -> Any:
             said = {name: given.pop(name) for name in _NAMES if name in given}
-            return command(access=_access(side, said, signs=signs, deploys=deploys), **given)
+            access = _access(side, said, signs=signs, deploys=deploys, through_agent=through_agent)
+            return command(access=access, **given)
 
         decorated: Command = with_access
         for option in reversed(options):
@@ -117,7 +123,9 @@ def _options(side: Side | None, *, signs: bool, deploys: bool) -> list[Callable[
     return options
 
 
-def _access(side: Side | None, said: Mapping[str, Any], *, signs: bool, deploys: bool) -> Access:
+def _access(
+    side: Side | None, said: Mapping[str, Any], *, signs: bool, deploys: bool, through_agent: bool
+) -> Access:
     """Settings first, options over them. Raises UsageError for what nobody said, `Misconfigured` for the file."""
     file = said.get("config_file")
     access = _from_environment(os.environ) if file is None or side is None else _from_settings(side, file)
@@ -135,8 +143,11 @@ def _access(side: Side | None, said: Mapping[str, Any], *, signs: bool, deploys:
         raise click.UsageError(f"Which node? Give --rpc URL{where}.")
     if access.contract is None and not deploys:
         raise click.UsageError(f"Which market? Give --contract ADDRESS{where}.")
-    if access.key is None and signs:
-        raise click.UsageError("Who signs? Give --key, the file of the owner's key (not the operator's).")
+    if access.key is None and signs and not (through_agent and access.socket is not None):
+        asked = " Or start the agent: with --config and without --key it is asked." if through_agent else ""
+        raise click.UsageError(
+            f"Who signs? Give --key, the file of the owner's key (not the operator's).{asked}"
+        )
     return access
 
 
@@ -151,7 +162,8 @@ def _from_environment(environ: Mapping[str, str]) -> Access:
 def _from_settings(side: Side, file: Path) -> Access:
     if side == "provider":
         agent = load_agent(file, os.environ)
-        return _of_chain(agent.chain, agent.chain.provider)
+        access = _of_chain(agent.chain, agent.chain.provider)
+        return replace(access, socket=socket_found(agent, os.environ))
     consumer = load_consumer(file, os.environ)
     access = _of_chain(consumer.chain, consumer.chain.consumer)
     return replace(access, key=consumer.keys.account, password=consumer.keys.account_password)

@@ -1,7 +1,8 @@
 """`v2v provider`: the owner who sells. Runs the agent, bids, looks at sessions, names the operator, moves money.
 
 Rules
-* Commands that send sign with the owner's key. The operator's key is read by `run` alone (PROTOCOL section 7).
+* Commands that send sign with the owner's key. The operator's key is read by `run` alone (PROTOCOL section 7); `bid` without
+  a key asks the running agent, over its local socket, to sign.
 * `sessions` reads the journal while the daemon writes it; it takes no lock and asks nobody.
 * A bid is pinned to the auction that was looked at, and only the bond that is missing is sent along.
 
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,11 +29,13 @@ from agent.cli.market import Access, Market, market_options, open_market, receip
 from agent.cli.output import ADDRESS, WEI, at, duration, echo, ether, facts, json_option, table
 from agent.cli.remedies import REMEDIES, with_remedy
 from agent.cli.watch import watch
-from agent.config import AgentConfig, load_agent
+from agent.config import AgentConfig, load_agent, socket_found
+from agent.core.settling import settlement_wei_prudent, settlements_left
 from agent.core.units import UINT64_MAX, UINT128_MAX, Address, cost_wei_ceil, cost_wei_floor, hex0x
-from agent.errors import Refused
+from agent.errors import Refused, Transient
 
 if TYPE_CHECKING:
+    from agent.chain.node import Receipt
     from agent.journal import Journal
 
 SESSION_PREFIX_MIN: Final = 10  # what `sessions` shows of an id
@@ -162,14 +165,15 @@ def auctions(access: Access, *, as_json: bool) -> None:
 @click.option(
     "--auction-nonce", type=click.IntRange(1, UINT64_MAX), help="Refuse any other auction of this consumer."
 )
-@market_options("provider", signs=True)
+@market_options("provider", signs=True, through_agent=True)
 @json_option
 def bid(
     access: Access, consumer: Address, rate_wei_per_kwh: int, auction_nonce: int | None, *, as_json: bool
 ) -> None:
     """Offer to deliver at a rate.
 
-    Binding: the bond is locked until somebody bids less or the auction ends.
+    Binding: the bond is locked until somebody bids less or the auction ends. With --key the owner signs, and what is missing
+    of the bond is sent along; with --config and without --key the running agent is asked, and the bond comes from the ledger.
     """
     if rate_wei_per_kwh > UINT128_MAX:
         raise click.BadParameter("more than any rate can be", param_hint="--rate")
@@ -261,6 +265,32 @@ async def _block_at(market: Market, at_s: int, head_number: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class _Gas:
+    """What the account that settles has for gas, and what it must have: this bid's settlement and every one that is open."""
+
+    payer: Address
+    balance_wei: int
+    settlement_wei: int  # prudent
+    owed: int
+
+    @property
+    def settlements_left(self) -> int:
+        """For how many settlements it lasts."""
+        return settlements_left(self.balance_wei, self.settlement_wei)
+
+    def require(self) -> None:
+        """Raises Refused("gas_reserve"): who bids and cannot settle loses its bond's worth of trust, and its pay."""
+        missing_wei = self.owed * self.settlement_wei - self.balance_wei
+        if missing_wei > 0:
+            raise Refused(
+                "gas_reserve",
+                f"{hex0x(self.payer)}, which settles, has gas for about {self.settlements_left} settlements, and with this "
+                f"bid {self.owed} may be owed",
+                remedy=f"Send it at least {missing_wei} wei ({ether(missing_wei)}).",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class _Offer:
     """A bid before it is sent."""
 
@@ -270,6 +300,7 @@ class _Offer:
     bond_wei: int
     missing_wei: int  # of the bond: what neither the ledger nor our own leading bid covers
     settlement_wei: int  # what being paid will cost, at today's fees
+    gas: _Gas
 
     @property
     def earned_wei(self) -> int:
@@ -281,19 +312,26 @@ async def _bid(
     access: Access, consumer: Address, auction_nonce: int | None, rate_wei_per_kwh: int, *, as_json: bool
 ) -> None:
     async with open_market(access) as market:
-        offer = await _offer(market, consumer, auction_nonce, rate_wei_per_kwh)
+        account = access.account if market.sender is None else market.account
+        assert account is not None, "settings name the provider"
+        offer = await _offer(market, account, consumer, auction_nonce, rate_wei_per_kwh)
         if offer.earned_wei <= offer.settlement_wei:
             click.echo(
                 f"v2v: the order brings {ether(offer.earned_wei)}, and to be paid costs about {ether(offer.settlement_wei)} "
                 "of gas: the agent will not settle at a loss, but wait for lower fees.",
                 err=True,
             )
-        calldata = contract.encode_place_bid(consumer, offer.auction.auction_nonce, rate_wei_per_kwh)
-        receipt = await market.send(calldata, offer.missing_wei)
+        if market.sender is None:
+            receipt, offer = await _bid_by_agent(market, access, account, offer)
+        else:
+            if offer.gas.payer != account or offer.gas.balance_wei > offer.missing_wei:
+                offer.gas.require()  # else what is missing for the bid itself comes first
+            calldata = contract.encode_place_bid(consumer, offer.auction.auction_nonce, rate_wei_per_kwh)
+            receipt = await market.send(calldata, offer.missing_wei)
         placed = market.log_in(receipt, contract.BidPlaced)
         closing_time_s = offer.auction.closing_time_s if placed is None else placed.closing_time_s
-        ledger_wei = await market.ledger_wei(market.account)
-        value = _offer_json(offer) | {"provider": market.account, "closing_time_s": closing_time_s}
+        ledger_wei = await market.ledger_wei(account)
+        value = _offer_json(offer) | {"provider": account, "closing_time_s": closing_time_s}
     told = [
         *_offer_facts(offer),
         ("in the ledger now", ether(ledger_wei)),
@@ -303,8 +341,72 @@ async def _bid(
     echo(value | {"ledger_wei": str(ledger_wei)} | receipt_json(receipt), facts(told), as_json=as_json)
 
 
+async def _bid_by_agent(
+    market: Market, access: Access, account: Address, offer: _Offer
+) -> tuple[Receipt, _Offer]:
+    """The running agent signs; its bond comes from the ledger alone. Raises Refused by the agent's or the contract's names."""
+    from agent.chain.sender import wait_mined
+    from agent.cli.local import ask_agent
+
+    assert access.socket is not None
+    question = {
+        "ask": "bid",
+        "provider": hex0x(account),
+        "consumer": hex0x(offer.consumer),
+        "auction_nonce": offer.auction.auction_nonce,
+        "rate_wei_per_kwh": str(offer.rate_wei_per_kwh),
+    }
+    try:
+        answer = await asyncio.to_thread(ask_agent, access.socket, question)
+    except Refused as refused:
+        raise with_remedy(refused) from refused
+    tx = answer["bid"]["tx"]
+    if tx is None:
+        raise Transient(
+            "the agent has not signed the bid yet", remedy="Ask again: the same bid is made once."
+        )
+    receipt = await wait_mined(market.node, bytes.fromhex(tx[2:]), market.timeout_s)
+    if not receipt.succeeded:
+        raise Refused(
+            "reverted", f"the bid {tx} was mined and failed", remedy="v2v provider status says why."
+        )
+    return receipt, replace(offer, missing_wei=0)
+
+
+async def _gas(market: Market, account: Address) -> _Gas:
+    """Who settles for this account, and for how many sessions it must. Asks the chain alone: a session is open or not."""
+    operator = await market.ask(contract.encode_operator_of(account), contract.decode_operator_of)
+    payer = account if operator.operator == contract.ZERO_ADDRESS else operator.operator
+    fees = await market.node.fees()
+    gas = contract.SETTLEMENT_GAS + contract.SETTLEMENT_GAS // 4
+    prudent_wei = settlement_wei_prudent(gas, fees.base_fee_wei, fees.priority_fee_wei)
+    return _Gas(
+        payer, await market.node.balance(payer), prudent_wei, await _open_sessions(market, account) + 1
+    )
+
+
+async def _open_sessions(market: Market, account: Address) -> int:
+    """How many sessions of this provider are connected and not settled."""
+    head = await market.node.head()
+    rules = await market.ask(contract.encode_parameters(), contract.decode_parameters)
+    first = await _block_at(
+        market, head.timestamp_s - rules.token_validity_s_max - rules.grace_s, head.number
+    )
+    tokens: set[bytes] = set()
+    async for page in market.node.log_pages(
+        market.address, contract.provider_topics(account), first, head.number
+    ):
+        for log in page.logs:
+            found = contract.decode_log(log.address, log.topics, log.data)
+            if isinstance(found, contract.SessionOpened):
+                tokens.add(found.token)
+            elif isinstance(found, contract.ConnectionEnded):
+                tokens.discard(found.token)
+    return len(tokens)
+
+
 async def _offer(
-    market: Market, consumer: Address, auction_nonce: int | None, rate_wei_per_kwh: int
+    market: Market, account: Address, consumer: Address, auction_nonce: int | None, rate_wei_per_kwh: int
 ) -> _Offer:
     """Look at the auction, and at what we have. Raises Refused for another auction or none."""
     auction = await market.auction(consumer)
@@ -315,11 +417,12 @@ async def _offer(
     rules = await market.ask(contract.encode_parameters(), contract.decode_parameters)
     cost_wei = cost_wei_ceil(rate_wei_per_kwh, auction.energy_wh)
     bond_wei = -(-cost_wei * rules.bond_bps // BPS)
-    own_wei = await market.ledger_wei(market.account)
-    if auction.provider == market.account:
+    own_wei = await market.ledger_wei(account)
+    if auction.provider == account:
         own_wei += auction.bond_wei  # our own leading bid's bond comes back first
     missing_wei = max(0, bond_wei - own_wei)
-    return _Offer(consumer, auction, rate_wei_per_kwh, bond_wei, missing_wei, await market.settlement_wei())
+    settlement_wei, gas = await market.settlement_wei(), await _gas(market, account)
+    return _Offer(consumer, auction, rate_wei_per_kwh, bond_wei, missing_wei, settlement_wei, gas)
 
 
 def _offer_json(offer: _Offer) -> dict[str, Any]:
@@ -331,6 +434,8 @@ def _offer_json(offer: _Offer) -> dict[str, Any]:
         "bond_wei": str(offer.bond_wei),
         "sent_wei": str(offer.missing_wei),
         "settlement_wei": str(offer.settlement_wei),
+        "settlements_left": offer.gas.settlements_left,
+        "settlements_owed": offer.gas.owed,
     }
 
 
@@ -341,6 +446,7 @@ def _offer_facts(offer: _Offer) -> list[tuple[str, object]]:
         ("rate", f"{offer.rate_wei_per_kwh} wei/kWh"),
         ("for", f"{auction.energy_wh} Wh, which earns {ether(offer.earned_wei)}"),
         ("to be paid costs", f"about {ether(offer.settlement_wei)} of gas"),
+        ("gas", f"for about {offer.gas.settlements_left} more settlements, at twice today's fees"),
         ("locked as bond", f"{ether(offer.bond_wei)}, of which {ether(offer.missing_wei)} were sent along"),
     ]
 
@@ -384,6 +490,68 @@ async def _set_operator(access: Access, operator: Address, bond_wei_limit: int, 
 
 
 # ---- sessions
+
+
+@provider.command()
+@CONFIG
+@json_option
+def status(config_file: Path, *, as_json: bool) -> None:
+    """What the running agent does now.
+
+    Chain, ports, sessions on their way to the money, bids, and for how many settlements its gas lasts.
+    """
+    from agent.cli.local import ask_agent
+
+    path = socket_found(load_agent(config_file, os.environ), os.environ)
+    if path is None:
+        raise Refused(
+            "not_running",
+            "no agent of these settings answers",
+            remedy="v2v provider sessions reads the journal.",
+        )
+    found = ask_agent(path, {"ask": "status"})["status"]
+    echo(found, _status_text(found), as_json=as_json)
+
+
+def _status_text(found: dict[str, Any]) -> str:
+    chain, gas = found["chain"], found["gas"]
+    told: list[tuple[str, object]] = [
+        ("chain", f"block {chain['block']}, seen {chain['view_age_s']} s ago"),
+    ]
+    if gas["settlements_left"] is not None:
+        told.append(
+            ("gas", f"for about {gas['settlements_left']} settlements, {gas['settlements_owed']} owed")
+        )
+    told += [
+        (f"port {name}", port["stage"] + (f" ({port['reason']})" if port["reason"] else ""))
+        for name, port in found["ports"].items()
+    ]
+    told += [
+        (row["session_id"][:10], _settling_text(row["settling"]))
+        for row in found["sessions"]
+        if row["settling"] is not None
+    ]
+    told += [
+        (
+            f"bid {bid['bid_id'][:10]}",
+            f"{bid['state']}, {bid['rate_wei_per_kwh']} wei/kWh, auction {bid['auction_nonce']}",
+        )
+        for bid in found["bids"]
+    ]
+    return facts(told)
+
+
+def _settling_text(settling: dict[str, Any]) -> str:
+    words = {
+        "signing": "its settlement is being signed",
+        "sent": "its settlement is on its way",
+        "waiting": "its settlement waits for lower fees",
+        "refused": "its settlement is refused",
+        "stuck": "its settlement is in no block yet, and no more is offered now",
+    }
+    why = f" ({settling['reason']})" if settling["reason"] else ""
+    again = f", replaced {settling['replacements']} times" if settling["replacements"] else ""
+    return f"{words[settling['state']]}{why}{again}; anybody may settle from {at(settling['until_s'])}"
 
 
 @provider.command()

@@ -198,19 +198,18 @@ class ChainSend:
     # ---- settlements: signing
 
     async def _sign(self, effect: SignSettlement) -> None:
-        session = self._engine.book.sessions[effect.session_id]
-        signed = await self._prepared(session, await self._next_nonce())
+        signed = await self._prepared(effect, await self._next_nonce())
         # No await between here and the journal; but the book may have moved while we asked the node for fees.
         if self._is_owed(effect):
             self._journal(effect.session_id, effect.energy_wh, signed)
 
-    async def _prepared(self, session: Session, nonce: int) -> SignedTx:
-        gas_limit = None
+    async def _prepared(self, owed: SignSettlement, nonce: int) -> SignedTx:
+        session, gas_limit = self._engine.book.sessions[owed.session_id], None
         if session.settlement_error == "out_of_gas":  # the estimate was wrong once: not again
             gas_limit = contract.SETTLEMENT_GAS * (1 + session.settlement_reverts)
         return await self._sender.prepare(
             self._contract,
-            contract.encode_end_connection(session.terms.token, session.energy_wh_acked, session.ack),
+            contract.encode_end_connection(owed.token, owed.energy_wh, owed.ack),
             gas_limit=gas_limit,
             nonce=nonce,
             cost_wei_max=settling.gas_wei_max(session, self._engine.live),
@@ -297,7 +296,7 @@ class ChainSend:
 
     async def _is_signed_anew(self, effect: BroadcastSettlement, nonce: int) -> bool:
         session = self._engine.book.sessions[effect.session_id]
-        signed = await self._prepared(session, nonce)
+        signed = await self._prepared(_settlement_of(session), nonce)
         if self._is_owed(effect):
             self._journal(session.session_id, session.energy_wh_acked, signed)
         return True
@@ -466,6 +465,11 @@ class ChainSend:
         owed = settling.settlements_owed(self._engine.book)
         if left <= owed:
             log.warning("purse.low", operator=hex0x(self._sender.address), settlements_left=left, owed=owed)
+
+
+def _settlement_of(session: Session) -> SignSettlement:
+    """What is owed once more, under another nonce."""
+    return SignSettlement(session.session_id, session.terms.token, session.energy_wh_acked, session.ack)
 
 
 def _error_name(reason: str) -> str:

@@ -77,7 +77,8 @@ MUTANTS = {
         Slip(
             SEND + "ChainSend._is_replaced",
             "    if self._is_owed(effect):",
-            "    replaced = await self._prepared(session, session.settlement.nonce + 1)\n    if self._is_owed(effect):",
+            "    replaced = await self._prepared(_settlement_of(session), session.settlement.nonce + 1)\n"
+            "    if self._is_owed(effect):",
         ),
     ),
     "cursor advanced before its logs": (

@@ -38,7 +38,8 @@ SLIPS = {
     "a replacement takes a new nonce": Slip(
         SEND + "ChainSend._is_replaced",
         "    if self._is_owed(effect):",
-        "    replaced = await self._prepared(session, session.settlement.nonce + 1)\n    if self._is_owed(effect):",
+        "    replaced = await self._prepared(_settlement_of(session), session.settlement.nonce + 1)\n"
+        "    if self._is_owed(effect):",
     ),
     "said once is enough": Slip(SEND + "ChainSend._turn", "sent.head_number = header.number", "return None"),
 }

@@ -3,7 +3,7 @@
     outcome = run(Plan(orders=(Order(60),)), folder)
 
 What runs is `agent.daemon` itself, from the opening of its journal to its orderly stop: engine, door, runners, real SQLite,
-real keys and signatures. Eight names of that module stand for its adapters and are replaced while a world runs: journal
+real keys and signatures. Nine names of that module stand for its adapters and are replaced while a world runs: journal
 (the real one, with a crash point around each append), charger, node, broker client, keys, random bytes and clocks. Time is
 looptime's; a session of minutes takes a fraction of a second.
 
@@ -436,6 +436,7 @@ class World:
             load_signer=lambda *_, **__: OPERATOR,
             load_meter_signer=lambda *_, **__: METER,
             MqttRunner=runner_above(world.broker, lambda: world.life),
+            LocalRunner=lambda *_: _NoSocket(),
             Engine=engine,
             Door=door,
             time=clocks,
@@ -579,6 +580,14 @@ class World:
             self.stranded,
             self.now_ms() // 1000,
         )
+
+
+class _NoSocket:
+    """The owner's local socket belongs to a real file system and a real clock."""
+
+    async def run(self):
+        """For ever."""
+        await asyncio.Event().wait()
 
 
 def _leaves(error):
