@@ -36,8 +36,9 @@ MUTANTS = [
     Mutant("concession can go down", "        if (raised) s = s.withClaim(", "        s = s.withClaim("),
     Mutant(
         "provider can throw a claim away",
-        "                s = s.withClaim(deliveredWh);\n            }\n",
-        "            }\n            s = s.withClaim(deliveredWh);\n",
+        "            if (deliveredWh > s.claimedWh()) s = _proven(s, consumer, provider, deliveredWh, ack);\n",
+        "            if (deliveredWh > s.claimedWh()) _proven(s, consumer, provider, deliveredWh, ack);\n"
+        "            s = s.withClaim(deliveredWh);\n",
     ),
     Mutant(
         "pause blocks an exit",
@@ -50,7 +51,7 @@ MUTANTS = [
         "        _requireEV(provider, _accounts[provider].word);\n        if (block.timestamp < s.settleAt()) revert",
     ),
     Mutant("double settle", "        _sessions[token] = SessionWord.wrap(0);\n", ""),
-    Mutant("grant cap ignored", "            if (deliveredWh > ack.maxEnergyWh) return false;\n", ""),
+    Mutant("grant cap ignored", "            if (deliveredWh > maxEnergyWh) return false;\n", ""),
     Mutant(
         "bond paid twice",
         "_credit(provider, fee + Words.released(",
@@ -58,8 +59,7 @@ MUTANTS = [
     ),
     Mutant(
         "closeAt moves",
-        "            s = s.withClosing(closeAt < s.settleAt() ? closeAt : s.settleAt()); // never later than validity + grace\n"
-        "        } else if (!raised) {\n            return;\n        }\n",
+        "            s = s.withClosing(closeAt);\n        } else if (!raised) {\n            return;\n        }\n",
         "            s = s.withClosing(closeAt);\n        } else {\n"
         "            s = s.withClosing(block.timestamp + _rules.challengeSeconds());\n        }\n",
     ),
@@ -99,9 +99,7 @@ MUTANTS = [
         "if (block.timestamp >= closing) revert",
         "if (block.timestamp > closing) revert",
     ),
-    Mutant(
-        "bid need not fall", "return lowest - (lowest < 100 ? 1 : lowest / 100);", "return lowest;", WORDS
-    ),
+    Mutant("bid need not fall", "return lowest - (step == 0 ? 1 : step);", "return lowest;", WORDS),
     Mutant("own bid", "        if (provider == consumer) revert SelfDeal();\n", ""),
     Mutant(
         "connect too late",

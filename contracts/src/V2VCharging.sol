@@ -42,7 +42,6 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
 
     // -------------------------------------------------- constants, immutables
 
-    uint256 private constant BPS = 10_000;
     uint256 private constant WH_PER_KWH = 1000;
 
     bytes32 private constant DOMAIN_TYPEHASH =
@@ -55,15 +54,11 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     RulesWord private immutable _rules;
 
     constructor(MarketParameters memory market) Ownable(msg.sender) {
-        if (
-            market.minBiddingSeconds == 0 || market.minBiddingSeconds > market.maxBiddingSeconds
-                || market.tokenValidityMin == 0 || market.tokenValidityMin > market.tokenValidityMax
-                || market.tokenValidityMax > Words.VALIDITY_MAX || market.softCloseMax > Words.SOFT_CLOSES_MAX
-                || market.bondBps > BPS || market.maxBiddingSeconds > Words.RULE_MAX
-                || market.softCloseSeconds > Words.RULE_MAX || market.connectWindowSeconds > Words.RULE_MAX
-                || market.challengeSeconds > Words.RULE_MAX || market.graceSeconds > Words.RULE_MAX
-        ) revert BadParameters();
-        _rules = Words.newRules(market);
+        (RulesWord rules, bool fits) = Words.newRules(market);
+        (uint256 min, uint256 max) = rules.biddingRange();
+        (uint256 validityMin, uint256 validityMax) = rules.tokenValidityRange();
+        if (!fits || min == 0 || min > max || validityMin == 0 || validityMin > validityMax) revert BadParameters();
+        _rules = rules;
     }
 
     // ------------------------------------------------------------ organisation
@@ -222,10 +217,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (msg.sender == consumer) {
             _concede(token, s, consumer, provider, deliveredWh);
         } else if (msg.sender == provider || msg.sender == _operators[provider].operator()) {
-            if (deliveredWh > s.claimedWh()) {
-                _requireProof(s, consumer, provider, deliveredWh, ack);
-                s = s.withClaim(deliveredWh);
-            }
+            if (deliveredWh > s.claimedWh()) s = _proven(s, consumer, provider, deliveredWh, ack);
             _settle(token, s, consumer, provider);
         } else {
             revert NotParty();
@@ -236,9 +228,9 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function submitReceipt(bytes32 token, uint64 deliveredWh, Ack calldata ack) external {
         (SessionWord s, address consumer, address provider) = _openSession(token);
         _requireWithin(s, deliveredWh);
-        _requireProof(s, consumer, provider, deliveredWh, ack);
+        SessionWord raised = _proven(s, consumer, provider, deliveredWh, ack);
         if (deliveredWh <= s.claimedWh()) return;
-        _sessions[token] = s.withClaim(deliveredWh);
+        _sessions[token] = raised;
         emit ReceiptAccepted(token, consumer, provider, deliveredWh);
     }
 
@@ -264,41 +256,49 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         return _isProven(s, consumer, provider, deliveredWh, ack);
     }
 
+    // The next two and `parameters` write their structs word by word, in the order of the fields, and return them there
+    // and then. `calldata` is a pointer nobody follows: with `memory` the compiler would first store a zero into every
+    // field, one by one, for 100 bytes of code each. To whoever calls, both are the same.
+
     /// @inheritdoc IV2VCharging
-    function sessions(bytes32 token) external view returns (Session memory session) {
+    function sessions(bytes32 token) external view returns (Session calldata) {
         SessionWord s = _sessions[token];
-        if (s.closing()) session.status = SessionStatus.Closing;
-        else if (s.isOpen()) session.status = SessionStatus.Active;
-        (session.consumer, session.provider) = _parties(s);
-        session.auctionNonce = uint64(s.auctionNonce());
-        session.energyWh = uint64(s.energyWh());
-        session.claimedWh = uint64(s.claimedWh());
-        session.rate = uint128(s.rate());
-        (session.deposit, session.bond) = _locked(s.rate(), s.energyWh());
-        session.settleAt = uint64(s.settleAt());
-        session.operatorBond = s.operatorBond() != 0;
-        // A struct of words lies in memory as the ABI wants it; the compiler would copy it, field by field, for 200 bytes
-        // of code. The same in the next view and in `parameters`.
+        (address consumer, address provider) = _parties(s);
+        uint256[11] memory session;
+        if (s.closing()) session[0] = uint256(SessionStatus.Closing);
+        else if (s.isOpen()) session[0] = uint256(SessionStatus.Active);
+        session[1] = uint160(consumer);
+        session[2] = uint160(provider);
+        session[3] = s.auctionNonce();
+        session[4] = s.energyWh();
+        session[5] = s.claimedWh();
+        session[6] = s.rate();
+        (session[7], session[8]) = _locked(s.rate(), s.energyWh()); // deposit, bond
+        session[9] = s.settleAt();
+        session[10] = s.operatorBond();
         assembly ("memory-safe") {
             return(session, 352)
         }
     }
 
     /// @inheritdoc IV2VCharging
-    function auctions(address consumer) external view returns (Auction memory auction) {
+    function auctions(address consumer) external view returns (Auction calldata) {
         AuctionWord a = _auctions[consumer];
-        auction.auctionNonce = uint64(a.auctionNonce());
-        auction.live = a.isLive();
-        auction.energyWh = uint64(a.energyWh());
-        auction.startRate = uint128(a.startRate());
-        auction.rate = uint128(a.rate());
-        auction.provider = _ev(a.bidder());
-        auction.closingTime = uint64(a.closingTime());
-        if (auction.live) auction.connectBy = uint64(_connectBy(a)); // the rest of a word that is not live is zero
-        auction.tokenValiditySeconds = uint64(a.validity());
-        (auction.deposit,) = _locked(a.startRate(), a.energyWh());
-        (, auction.bond) = _locked(a.rate(), a.energyWh());
-        auction.operatorBond = a.operatorBond() != 0;
+        uint256[12] memory auction;
+        if (a.isLive()) {
+            auction[0] = 1;
+            auction[7] = _connectBy(a); // the rest of a word that is not live is zero
+        }
+        auction[1] = a.auctionNonce();
+        auction[2] = a.energyWh();
+        auction[3] = a.startRate();
+        auction[4] = a.rate();
+        auction[5] = uint160(_ev(a.bidder()));
+        auction[6] = a.closingTime();
+        auction[8] = a.validity();
+        (auction[9],) = _locked(a.startRate(), a.energyWh()); // deposit
+        (, auction[10]) = _locked(a.rate(), a.energyWh()); // bond
+        auction[11] = a.operatorBond();
         assembly ("memory-safe") {
             return(auction, 384)
         }
@@ -335,8 +335,8 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     }
 
     /// @inheritdoc IV2VCharging
-    function parameters() external view returns (MarketParameters memory market) {
-        market = _rules.parameters();
+    function parameters() external view returns (MarketParameters calldata) {
+        uint256[10] memory market = _rules.parameters();
         assembly ("memory-safe") {
             return(market, 320)
         }
@@ -549,11 +549,12 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (raised) s = s.withClaim(deliveredWh);
         if (s.claimedWh() == s.energyWh()) return _settle(token, s, consumer, provider);
         if (!s.closing()) {
-            uint256 closeAt;
+            uint256 closeAt = s.settleAt(); // validity + grace: never later
             unchecked {
-                closeAt = block.timestamp + _rules.challengeSeconds();
+                uint256 challenged = block.timestamp + _rules.challengeSeconds();
+                if (challenged < closeAt) closeAt = challenged;
             }
-            s = s.withClosing(closeAt < s.settleAt() ? closeAt : s.settleAt()); // never later than validity + grace
+            s = s.withClosing(closeAt);
         } else if (!raised) {
             return;
         }
@@ -574,11 +575,14 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         emit ConnectionEnded(token, consumer, provider, uint64(s.claimedWh()), fee);
     }
 
-    function _requireProof(SessionWord s, address consumer, address provider, uint256 deliveredWh, Ack calldata ack)
+    /// @dev The session with its claim at what `ack` proves; whether that raises it is the caller's to ask.
+    function _proven(SessionWord s, address consumer, address provider, uint256 deliveredWh, Ack calldata ack)
         private
         view
+        returns (SessionWord)
     {
         if (!_isProven(s, consumer, provider, deliveredWh, ack)) revert InvalidReceipt();
+        return s.withClaim(deliveredWh);
     }
 
     /// @dev Plain ECDSA, 65 bytes, low s (OpenZeppelin), never ERC-1271: code that a consumer sets on its account after
@@ -593,7 +597,8 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
         if (signer == address(0)) {
             signer = consumer;
         } else {
-            if (deliveredWh > ack.maxEnergyWh) return false;
+            uint64 maxEnergyWh = ack.maxEnergyWh;
+            if (deliveredWh > maxEnergyWh) return false;
             bytes32 grant = keccak256(
                 abi.encode(
                     PRESENT_TOKEN_TYPEHASH,
@@ -601,7 +606,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
                     sessionId,
                     provider,
                     signer,
-                    ack.maxEnergyWh,
+                    maxEnergyWh,
                     ack.validUntil,
                     ack.challenge
                 )
@@ -626,7 +631,7 @@ contract V2VCharging is IV2VCharging, Ownable2Step {
     function _locked(uint256 rate, uint256 energyWh) private view returns (uint256 cost, uint256 bond) {
         unchecked {
             cost = (rate * energyWh + (WH_PER_KWH - 1)) / WH_PER_KWH;
-            bond = (cost * _rules.bondBps() + (BPS - 1)) / BPS;
+            bond = (cost * _rules.bondBps() + (Words.BPS - 1)) / Words.BPS;
         }
     }
 }

@@ -43,7 +43,12 @@ library Words {
     uint256 internal constant VALIDITY_MAX = (1 << 18) - 1;
     uint256 internal constant SOFT_CLOSES_MAX = 7;
     uint256 internal constant RULE_MAX = (1 << 25) - 1;
+    uint256 internal constant BPS = 10_000; // basis points in one
 
+    // what each of a market's parameters may be at most, in their order
+    uint256 private constant RULES_MAX = RULE_MAX | (RULE_MAX << 25) | (RULE_MAX << 50) | (SOFT_CLOSES_MAX << 75)
+        | (RULE_MAX << 100) | (RULE_MAX << 125) | (VALIDITY_MAX << 150) | (RULE_MAX << 175) | (RULE_MAX << 200)
+        | (BPS << 225);
     uint256 private constant BID_MASK = ((1 << 124) - 1) << 106; // in an auction's word: what a bid replaces
     // in a session's word: what it keeps of the auction (rate, bidder, operator, nonce, energy), and its own fields
     uint256 private constant KEPT_MASK =
@@ -130,14 +135,22 @@ library Words {
 
     // ------------------------------------------------------------------ rules
 
-    /// @dev The constructor enforces that every parameter is at most `RULE_MAX`.
-    function newRules(IV2VCharging.MarketParameters memory p) internal pure returns (RulesWord) {
-        uint256 low = uint256(p.minBiddingSeconds) | (uint256(p.maxBiddingSeconds) << 25)
-            | (uint256(p.softCloseSeconds) << 50) | (uint256(p.softCloseMax) << 75)
-            | (uint256(p.connectWindowSeconds) << 100);
-        uint256 high = uint256(p.tokenValidityMin) | (uint256(p.tokenValidityMax) << 25)
-            | (uint256(p.challengeSeconds) << 50) | (uint256(p.graceSeconds) << 75) | (uint256(p.bondBps) << 100);
-        return RulesWord.wrap(low | (high << 125));
+    /// @dev `fits`: no parameter is above its greatest value, so each is within its field. Read in a loop, as `parameters`
+    /// writes: ten lines of Solidity would be 300 bytes of code.
+    function newRules(IV2VCharging.MarketParameters memory p) internal pure returns (RulesWord r, bool fits) {
+        uint256 word;
+        fits = true;
+        for (uint256 i = 0; i < 10; ++i) {
+            uint256 parameter;
+            assembly ("memory-safe") {
+                parameter := mload(add(p, shl(5, i)))
+            }
+            if (parameter > _rule(RulesWord.wrap(RULES_MAX), i)) fits = false;
+            unchecked {
+                word |= parameter << (25 * i);
+            }
+        }
+        r = RulesWord.wrap(word);
     }
 
     function biddingRange(RulesWord r) internal pure returns (uint256 min, uint256 max) {
@@ -172,13 +185,9 @@ library Words {
         return _rule(r, 9);
     }
 
-    /// @dev Written field by field in a loop: ten lines of Solidity would be 300 bytes of code.
-    function parameters(RulesWord r) internal pure returns (IV2VCharging.MarketParameters memory p) {
+    function parameters(RulesWord r) internal pure returns (uint256[10] memory p) {
         for (uint256 i = 0; i < 10; ++i) {
-            uint256 field = _rule(r, i);
-            assembly ("memory-safe") {
-                mstore(add(p, shl(5, i)), field)
-            }
+            p[i] = _rule(r, i);
         }
     }
 
@@ -198,8 +207,9 @@ library Words {
     function rateMax(AuctionWord a) internal pure returns (uint256) {
         uint256 lowest = rate(a);
         if (lowest == 0) return startRate(a);
+        uint256 step = lowest / 100;
         unchecked {
-            return lowest - (lowest < 100 ? 1 : lowest / 100);
+            return lowest - (step == 0 ? 1 : step);
         }
     }
 
@@ -260,7 +270,8 @@ library Words {
         uint256 softCloses_,
         bool byOperator
     ) internal pure returns (AuctionWord) {
-        uint256 bid = softCloses_ | (byOperator ? 8 : 0) | (bidder_ << 4) | (closingTime_ << 28) | (rate_ << 60);
+        uint256 bid = softCloses_ | (bidder_ << 4) | (closingTime_ << 28) | (rate_ << 60);
+        if (byOperator) bid |= 8;
         return AuctionWord.wrap((AuctionWord.unwrap(a) & ~BID_MASK) | (bid << 106));
     }
 
