@@ -13,6 +13,7 @@ from eth_utils.crypto import keccak
 from vectors import CONSUMER, DOMAIN, OPERATOR, PROVIDER, SESSION_KEY, unhex, vectors
 
 from agent import door
+from agent.consumer.policy import Patience, SigningLimits
 from agent.core import messages
 from agent.core import token as rules
 from agent.core.live import Policy
@@ -248,6 +249,20 @@ def test_the_times_and_limits_are_the_codes():
     }
     section = PAGE.read_text().split("## Times and limits")[1].split("\n## ")[0]
     assert dict(re.findall(r"^\| ([^|]+) \| (\d[^|]*) \|$", section, re.MULTILINE)) == codes
+
+
+def test_the_limits_of_signing_are_our_own_consumers():
+    """Would catch advice that our own consumer does not follow: the numbers are what a lying provider can earn."""
+    limits, patience_s = SigningLimits(), Patience().patience_ms // 1000
+    told = PAGE.read_text().split("6. **Receipt**")[1].split("7. **")[0]
+    assert limits.tolerance_permille % 10 == 0
+    words = (
+        f"{limits.tolerance_permille // 10} %",
+        f"{limits.pre_sign_wh} Wh",
+        f"{limits.step_wh} Wh",
+        f"{patience_s} s",
+    )
+    assert [word for word in words if word not in told] == []
 
 
 def test_every_name_that_can_be_heard_has_its_advice():

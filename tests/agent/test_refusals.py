@@ -28,6 +28,7 @@ from story import (
 )
 from visit import Visit, at_the_plug, charging
 
+from agent.consumer.policy import Reason
 from agent.core import token as rules
 from agent.core.messages import Accept
 from agent.core.session import Hindrance
@@ -149,23 +150,23 @@ def test_a_receipt_after_the_settlement_is_too_late_too():
 # ---- page = code = heard
 
 
+DOOR_AND_CORE = (ROOT / "agent" / "door.py", *sorted((ROOT / "agent" / "core").glob("*.py")))
+
+
+def refusals_in(file):
+    """Every `Refused(...)` of a file: the expression of its reason."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused":
+            yield node.args[0]
+
+
 def raised_reasons():
-    """Every literal reason of a `Refused(...)` in the door and the core, read from the source."""
-    reasons = set()
-    for file in (ROOT / "agent" / "door.py", *sorted((ROOT / "agent" / "core").glob("*.py"))):
-        for node in ast.walk(ast.parse(file.read_text())):
-            is_refusal = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused"
-            is_super = (
-                isinstance(node, ast.Call)
-                and getattr(node.func, "attr", "") == "__init__"
-                and len(node.args) == 2
-                and isinstance(node.args[0], ast.Constant)
-            )
-            if is_refusal or is_super:
-                assert isinstance(node.args[0], ast.Constant), (
-                    f"{file.name}:{node.lineno}: a reason is a literal"
-                )
-                reasons.add(node.args[0].value)
+    """Every reason in the door and the core, read from the source; each must be a literal there."""
+    reasons = {"malformed"}  # `messages.Malformed` names it for all of them
+    for file in DOOR_AND_CORE:
+        for reason in refusals_in(file):
+            assert isinstance(reason, ast.Constant), f"{file.name}:{reason.lineno}: a reason is a literal"
+            reasons.add(reason.value)
     return reasons
 
 
@@ -204,3 +205,10 @@ def test_every_name_of_the_protocol_is_on_the_page():
     """Would catch a name that PROTOCOL section 4 promises and that a reader finds nowhere."""
     words = set(re.findall(r"`([a-z_]+)`", PAGE.read_text()))
     assert words >= NAMED_BY_PROTOCOL
+
+
+def test_what_the_consumer_refuses_is_on_the_page_too():
+    """Would catch a purchase that ends with a word nobody can look up; what it passes on from the provider has its own line."""
+    files = sorted((ROOT / "agent" / "consumer").glob("*.py"))
+    literals = {one.value for file in files for one in refusals_in(file) if isinstance(one, ast.Constant)}
+    assert set(rows("What the consumer's own side refuses")) == literals | {why.value for why in Reason}

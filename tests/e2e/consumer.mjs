@@ -17,9 +17,10 @@ const settings = JSON.parse(readFileSync(process.argv[2]));
 const say = (...words) => console.error(new Date().toISOString().slice(11, 23), ...words);
 const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
 const lower = (address) => address.toLowerCase();
+const ownMwh = () => BigInt(JSON.parse(readFileSync(settings.ownMeterFile)).delivered_mwh);
 const ZERO = "0x" + "00".repeat(20);
 
-const STEP_WH = 10, TOLERANCE_PERMILLE = 50n, TOLERANCE_WH = 20n; // their meter against ours: steps, losses, classes
+const STEP_WH = 10, TOLERANCE_PERMILLE = 50n, ALLOWANCE_WH = 25n; // their meter against ours: steps, losses, classes
 const RESEND_MS = 1_000, KNOCK_MS = 500, CHAIN_MS = 1_000, SILENCE_MS = 150_000, FINAL_MS = 30_000, AUCTION_MS = 180_000;
 const NOT_YET = new Set(["not_yet_seen", "unknown_session", "rate_limited", "busy"]);
 const SIGN_ANEW = new Set(["stale_hello", "replayed"]);
@@ -174,7 +175,8 @@ class Visit {
       validUntil: validity, publicKey: account.signingKey.publicKey,
       signature: this.isPersonal ? account.signMessageSync(getBytes(token)) : signature(account, domain, "PresentToken", grant),
     };
-    this.presentedAt = Date.now();
+    if (settings.ownMeterFile) this.ownMwhBegin ??= ownMwh(); // no energy can have flowed before
+    this.presentedAt ??= Date.now();
     this.postedAt = 0;
   }
 
@@ -199,8 +201,8 @@ class Visit {
   // A receipt is money: not more than can have flowed since we presented, nor than our own car measured.
   isPlausible(wh) {
     const possible = ((settings.powerMaxW ?? 25_000) * (Date.now() - this.presentedAt)) / 3_600_000 + STEP_WH;
-    const own = settings.ownMeterFile ? BigInt(JSON.parse(readFileSync(settings.ownMeterFile)).delivered_mwh) / 1000n : null;
-    const fits = wh <= possible && (own === null || BigInt(wh) <= (own * (1000n + TOLERANCE_PERMILLE)) / 1000n + TOLERANCE_WH);
+    const own = settings.ownMeterFile ? (ownMwh() - this.ownMwhBegin) / 1000n : null;
+    const fits = wh <= possible && (own === null || BigInt(wh) <= (own * (1000n + TOLERANCE_PERMILLE)) / 1000n + ALLOWANCE_WH);
     if (!fits) this.doubts.push(`reading of ${wh} Wh`);
     return fits;
   }
