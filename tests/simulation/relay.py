@@ -19,6 +19,7 @@ from simulation import world as stage
 from simulation.checkers import promise
 from simulation.consumers import STRANGER, Consumer, Order
 from simulation.plant import Outlet
+from simulation.weather import Storm
 from simulation.world import Plan
 
 from agent.consumer.carrier import Inbox
@@ -37,6 +38,7 @@ from firmware_bridge.simulator.plant import PlantConfig
 
 ORDER_WH = 150
 TRICKLE_MA = 6_000
+CALM = Storm()
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,8 @@ class Evening:
     given_wh: float
 
 
-def relayed(trick, folder):
-    """The evening of one guest."""
+def relayed(trick, folder, storm=CALM, seed=0):
+    """The evening of one guest; in a storm, if you like."""
     guests, energies = [], []
 
     def guest(world, number, order):
@@ -262,5 +264,5 @@ def relayed(trick, folder):
 
     with patch.object(stage, "Consumer", guest):
         checks = (measured, guest_pays_for_its_own_energy)
-        outcome = stage.run(Plan(orders=(Order(ORDER_WH),)), folder, also=checks)
+        outcome = stage.run(Plan(seed=seed, orders=(Order(ORDER_WH),), storm=storm), folder, also=checks)
     return Evening(outcome, guests[0], *(energies or (0, 0.0, 0.0)))

@@ -3,6 +3,8 @@
 import pytest
 from simulation import checkers
 from simulation.relay import ORDER_WH, Trick, relayed
+from simulation.weather import Storm
+from simulation.world import UNACKED_WH
 
 ALLOWANCE_WH = 25
 
@@ -65,3 +67,14 @@ def test_a_consumer_that_trusts_the_provider_alone_pays_for_mallory(folder):
     evening = relayed(Trick(car_measures=False, pre_sign_wh=10_000), folder)
     assert "the guest pays for another car" in evening.outcome.broken
     assert evening.settled_wh == ORDER_WH
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_broker_that_loses_doubles_delays_and_breaks_costs_nothing_but_pauses(seed, folder):
+    """Would catch a consumer that one lost message stops, or that signs less after a repeat: the energy is delivered whole."""
+    bad = Storm(broker_drops=30, broker_doubles=30, broker_delays=50, broker_breaks=5, calm_from_ms=240_000)
+    evening = relayed(Trick(relays=False), folder, bad, seed)
+    assert not evening.outcome.broken, evening.outcome.story()
+    assert evening.guest.refused == ""
+    assert ORDER_WH <= evening.given_wh < ORDER_WH + 3
+    assert evening.settled_wh > ORDER_WH - UNACKED_WH - 15  # only the very last signature may come too late
