@@ -31,6 +31,7 @@ PACKET_BYTES_MAX = (
 RECEIVE_BUFFER_BYTES = (
     64 * 1024
 )  # left alone it grows to seconds of a flood, all before the next honest message
+UNREAD_MAX = 1_024  # acknowledgements waiting for a broker that sends and does not read
 HEARD_MAX = 256  # messages waiting to be looked at
 HEARD_MAX_OF_TOPIC = 32  # of these from one topic; once half of the room is taken, one
 REFUSED = 0x80  # and above: the return codes of a SUBACK that say no
@@ -127,19 +128,22 @@ def new_client(
         logger=silent,
         socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)],
     )
+    # Who leaves does not ask how the connection ended; asyncio would print that nobody asked.
+    client._disconnected.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # noqa: SLF001
     _limit_packets(client._client)  # noqa: SLF001 - nothing public tells the length of what is still coming
     return client
 
 
 def _limit_packets(library: Any) -> None:
-    """Make paho give a connection up that announces an over-size packet. tests/assumptions pins the names used here."""
+    """Make paho give a connection up that would fill our memory. test_mqtt_client pins the names of paho's that are used here."""
     read = library._packet_read  # noqa: SLF001
 
     def read_within_limits() -> MQTTErrorCode:
         result: MQTTErrorCode = read()
-        if library._in_packet["remaining_length"] > PACKET_BYTES_MAX:  # noqa: SLF001
-            return MQTTErrorCode.MQTT_ERR_PROTOCOL
-        return result
+        is_too_large = library._in_packet["remaining_length"] > PACKET_BYTES_MAX  # noqa: SLF001
+        holds_half = library._in_messages  # noqa: SLF001 - QoS 2, which nobody asked for, waits here for its second half
+        is_not_read = len(library._out_packet) > UNREAD_MAX  # noqa: SLF001
+        return MQTTErrorCode.MQTT_ERR_PROTOCOL if is_too_large or holds_half or is_not_read else result
 
     library._packet_read = read_within_limits  # noqa: SLF001
 

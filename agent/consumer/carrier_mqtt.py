@@ -4,7 +4,8 @@ Rules
 * We publish to `v2v/1/{evp}/in/{sref}` and read `v2v/1/{evp}/out/{sref}` and `v2v/1/{evp}/hello/+`; {evp} is the
   provider's address, 0x and lowercase. QoS 1 both ways. Hellos are retained: subscribing again brings them again.
 * A clean session each time: the protocol repeats what matters, so the broker need not remember us.
-* The broker's "wrong user name or password" is a human's work (`Misconfigured`); everything else comes back.
+* The broker's "wrong user name or password" is a human's work (`Misconfigured`), as long as it never let us in; everything
+  else comes back. A subscription refused or a message not acknowledged is a broken connection, whatever TCP says.
 
 May not know: what messages mean.
 """
@@ -27,6 +28,7 @@ from agent.mqtt_client import Heard, new_client, subscribe
 
 PUBLISH_TIMEOUT_S = 5.0  # a broker that takes and never acknowledges
 ENTER_TRIES = 3  # a broker that just restarts is back by then; nobody waits longer to hear that it is down
+STEADY_S = 10.0  # only a connection that lived this long resets the wait: a broker may let us in and throw us out again
 NOT_AUTHORISED = (4, 5)  # CONNACK return codes of MQTT 3.1.1: bad user name or password, not authorised
 
 __all__ = ["Broker", "MqttCarrier"]
@@ -41,6 +43,8 @@ class MqttCarrier:
         self._inbox = Inbox()
         self._client: aiomqtt.Client | None = None
         self._root = ""
+        self._broken = asyncio.Event()  # somebody found out that this connection carries nothing
+        self._was_in = False
         self._tried = asyncio.Event()  # connected, or ENTER_TRIES times not
         self._task: asyncio.Task[None] | None = None
 
@@ -99,11 +103,14 @@ class MqttCarrier:
         while True:
             try:
                 async with self._new_client() as client:
-                    self._client, self.trouble = client, ""
-                    backoff.reset()
-                    await self._subscribe()
+                    self._broken.clear()
+                    await self._listen_to(client)  # before anybody uses it
+                    self._client, self.trouble, self._was_in = client, "", True
                     self._tried.set()
-                    await self._listen(client)
+                    began_s = asyncio.get_running_loop().time()
+                    await self._until_broken(client)
+                    if asyncio.get_running_loop().time() - began_s > STEADY_S:
+                        backoff.reset()
             except aiomqtt.MqttError as problem:
                 self.trouble = str(problem) or type(problem).__name__
                 self._refuse_if_unwelcome(problem)
@@ -116,6 +123,17 @@ class MqttCarrier:
     def _new_client(self) -> aiomqtt.Client:
         return new_client(self._broker, Heard(), timeout_s=CONNECT_TIMEOUT_S)
 
+    async def _until_broken(self, client: aiomqtt.Client) -> None:
+        tasks = [asyncio.create_task(self._listen(client)), asyncio.create_task(self._broken.wait())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             payload = message.payload
@@ -123,10 +141,13 @@ class MqttCarrier:
                 self._inbox.put(payload)
 
     async def _subscribe(self) -> None:
-        if self._client is None or not self._root:
-            return
-        with self._noted():
-            await subscribe(self._client, f"{self._root}/out/{self._sref}", f"{self._root}/hello/+")
+        if self._client is not None:
+            with self._noted():
+                await self._listen_to(self._client)
+
+    async def _listen_to(self, client: aiomqtt.Client) -> None:
+        if self._root:
+            await subscribe(client, f"{self._root}/out/{self._sref}", f"{self._root}/hello/+")
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
@@ -134,9 +155,10 @@ class MqttCarrier:
             yield
         except aiomqtt.MqttError as problem:
             self.trouble = str(problem) or type(problem).__name__
+            self._broken.set()
 
     def _refuse_if_unwelcome(self, problem: aiomqtt.MqttError) -> None:
-        if isinstance(problem, aiomqtt.MqttCodeError) and problem.rc in NOT_AUTHORISED:
+        if not self._was_in and isinstance(problem, aiomqtt.MqttCodeError) and problem.rc in NOT_AUTHORISED:
             raise Misconfigured(
                 f"the MQTT broker at {self._broker.host}:{self._broker.port} does not let us in: {problem}",
                 remedy="check [mqtt] username and password_credential",

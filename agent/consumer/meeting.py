@@ -5,7 +5,8 @@ Rules
   our own random nonce, so it was made for us and now.
 * A presentation is journaled before it is sent, and repeated byte for byte: the provider knows a repeat by that. A new
   one, with a new Hello and a new nonce, is made only when the provider calls the Hello used or stale.
-* "Not yet" is waited out with growing pauses; every other no ends the meeting with the provider's own word.
+* "Not yet" is waited out with growing pauses; every other no ends the meeting with the provider's own word, once it was the
+  answer to three knocks: a refusal is not signed, so a single one may be a liar's, or an old one said again.
 
 May not know: transports, energy, the journey around it.
 """
@@ -34,6 +35,7 @@ REMEDIES = {
     "unknown_charger": "is --port the name written at the plug?",
     "malformed": "consumer and provider run versions that do not understand each other; update the older one",
 }
+REFUSED_KNOCKS = 3
 KNOCK_GROWTH = 16  # quick on a fast chain, polite on a slow one: 0.5 s at first, 8 s at most
 GATHER_S = 0.4  # Hellos of several ports arrive together; we must see whether there is a choice to make
 HELLOS_MAX = 16  # ports we look at: a provider has at most eight
@@ -47,6 +49,8 @@ class Meeting:
     port: str = ""
     _hellos: dict[bytes, Hello] = field(default_factory=dict)  # newest believed one per charger id
     _used_nonces: set[bytes] = field(default_factory=set)
+    _knocks: int = 0
+    _refused_knocks: set[int] = field(default_factory=set)
 
     async def meet(self) -> Accept:
         """Present our token until it is accepted. Raises Refused with the provider's reason or ours, Transient when
@@ -68,6 +72,7 @@ class Meeting:
         presented = self.plug.errand.presented or self._sign(await self._fresh_hello())
         backoff = Backoff(self.plug.waits.knock_s, KNOCK_GROWTH * self.plug.waits.knock_s)
         while True:
+            self._knocks += 1
             await self.plug.carrier.post("present", presented.message)
             answer = await self._answer(presented, backoff.next_s())
             if isinstance(answer, Accept):
@@ -221,7 +226,11 @@ class Meeting:
             self.plug.odd = Refused(refusal.reason, refusal.detail)
             self.plug.say(Step.PRESENT, f"the provider says: {refusal.reason.replace('_', ' ')}")
             return False
-        raise Refused(refusal.reason, refusal.detail, remedy=REMEDIES.get(refusal.reason, ""))
+        self._refused_knocks.add(self._knocks)
+        self.plug.odd = Refused(refusal.reason, refusal.detail, remedy=REMEDIES.get(refusal.reason, ""))
+        if len(self._refused_knocks) >= REFUSED_KNOCKS:
+            raise self.plug.odd
+        return False
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Status) and message.session_id == self.plug.terms.session_id:

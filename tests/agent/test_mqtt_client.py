@@ -5,6 +5,7 @@ import contextlib
 
 import aiomqtt
 import pytest
+from paho.mqtt.enums import MQTTErrorCode
 
 from agent import mqtt_client
 from agent.mqtt_client import HEARD_MAX, HEARD_MAX_OF_TOPIC, BrokerAddress, Heard, new_client, subscribe
@@ -132,3 +133,15 @@ async def test_an_over_size_packet_ends_the_connection_when_its_length_is_known(
 def test_a_password_is_never_shown() -> None:
     """Would catch a secret in a log line or a traceback."""
     assert "hunter2" not in repr(BrokerAddress("host", 1883, password="hunter2"))
+
+
+@pytest.mark.parametrize("kept", ["halves of QoS 2 messages", "acknowledgements that nobody reads"])
+async def test_a_broker_that_makes_us_keep_things_is_left(kept) -> None:
+    """Would catch memory that grows with what a broker makes us owe it: 65 535 messages, or every acknowledgement."""
+    library = new_client(BrokerAddress("127.0.0.1"), Heard(), timeout_s=1)._client
+    assert library._packet_read() != MQTTErrorCode.MQTT_ERR_PROTOCOL  # only: not connected
+    if kept.startswith("halves"):
+        library._in_messages[1] = object()
+    else:
+        library._out_packet.extend([{}] * (mqtt_client.UNREAD_MAX + 1))
+    assert library._packet_read() == MQTTErrorCode.MQTT_ERR_PROTOCOL

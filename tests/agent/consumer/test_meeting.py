@@ -124,7 +124,7 @@ async def test_only_a_wrong_token_sends_us_back_to_the_chain(provider, carrier, 
 
 async def test_a_final_no_ends_the_meeting_with_the_providers_word(provider, carrier, tmp_path):
     """Would catch a consumer that knocks for ten minutes at a door that said no, or that hides why."""
-    provider.refusals.append(Refusal("too_late", "less than 60 s are left"))
+    provider.refusals.extend([Refusal("too_late", "less than 60 s are left")] * 3)
     with pytest.raises(Refused, match="too_late: less than 60 s") as refused:
         await Meeting(plugged(tmp_path, carrier)).meet()
     assert "consumer end" in refused.value.remedy
@@ -180,6 +180,15 @@ async def test_a_false_hello_is_refused_by_name_and_gets_no_signature(
     assert refused.value.reason == reason
     assert provider.presented == []
     assert plug.errand.presented is None
+
+
+async def test_a_liars_no_ends_nothing(provider, carrier, tmp_path):
+    """Would catch a broker that ends an evening with one forged refusal, or with the same one said a hundred times at once."""
+    for _ in range(100):
+        carrier.say(Refusal("expired", "says who?"))
+    provider.refusals.append(Refusal("expired", "an old one, said again"))
+    accept = await Meeting(plugged(tmp_path, carrier)).meet()
+    assert accept.register_mwh_begin == 5_000
 
 
 async def test_false_hellos_do_not_hide_the_true_one(provider, carrier, tmp_path):
