@@ -40,6 +40,7 @@ MAX_FILE_BYTES = (
     16_384  # a keystore has about 500; a device or a log given by mistake must not be read to its end
 )
 CREDENTIALS = "CREDENTIALS_DIRECTORY"
+CREDENTIAL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # a key in hex is longer: it is never shown as a name
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 # SubjectPublicKeyInfo of an uncompressed secp256k1 key, up to the key (RFC 5480, SEC 2: OID 1.3.132.0.10).
@@ -322,70 +323,80 @@ def _decrypted(source: str, keystore: _Hidden, password: _Hidden) -> _Hidden:
 
 
 def _load_password(source: str, environ: Mapping[str, str]) -> _Hidden:
-    line = _Hidden(_read_secret(source, environ).reveal().rstrip(b"\r\n"))
+    # Who writes the password itself where its name belongs must not find it in a log.
+    called = source if "/" in source else "the credential with the password"
+    line = _Hidden(_read_secret(source, environ, called).reveal().rstrip(b"\r\n"))
     try:
         fits = line.reveal().decode().isprintable() and bool(line.reveal())
     except UnicodeDecodeError:
         fits = False
     if not fits:
         raise Misconfigured(
-            f"{source} does not hold one line with a password", remedy="write the password alone into it"
+            f"{called} does not hold one line with a password", remedy="write the password alone into it"
         )
     return line
 
 
-def _read_secret(source: str, environ: Mapping[str, str]) -> _Hidden:
-    """What the credential or the file holds. A file must be its owner's alone; systemd guards its own."""
+def _read_secret(source: str, environ: Mapping[str, str], called: str = "") -> _Hidden:
+    """What the credential or the file holds. A file must be its owner's alone; systemd guards its own.
+
+    `called`: how a refusal names it; as the settings do unless given.
+    """
     shut_process()
-    path = _secret_path(source, environ)
+    path, called = _secret_path(source, environ, called or source), called or source
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Misconfigured(
-                    f"{source} is not a file", remedy="name the file that holds the key or password"
+                    f"{called} is not a file", remedy="name the file that holds the key or password"
                 )
             if "/" in source and status.st_mode & 0o077:
                 raise Misconfigured(
-                    f"{source} can be read by others (mode {stat.S_IMODE(status.st_mode):04o})",
+                    f"{called} can be read by others (mode {stat.S_IMODE(status.st_mode):04o})",
                     remedy=f"chmod 600 {source}",
                 )
             content = _Hidden(file.read(MAX_FILE_BYTES + 1))
     except FileNotFoundError:
-        raise Misconfigured(f"{source}: there is no such {_kind(source)}", remedy=_origin(source)) from None
+        kind = "file" if "/" in source else "credential"
+        raise Misconfigured(f"{called}: there is no such {kind}", remedy=_origin(source, called)) from None
     except OSError as error:
-        raise Misconfigured(f"{source}: cannot be read ({error.strerror})", remedy=f"ls -l {path}") from None
+        raise Misconfigured(
+            f"{called}: cannot be read ({error.strerror})", remedy=f"ls -l {path.parent}"
+        ) from None
     if len(content.reveal()) > MAX_FILE_BYTES:
         raise Misconfigured(
-            f"{source} is larger than {MAX_FILE_BYTES} bytes", remedy="check that it is the right file"
+            f"{called} is larger than {MAX_FILE_BYTES} bytes", remedy="check that it is the right file"
         )
     return content
 
 
-def _secret_path(source: str, environ: Mapping[str, str]) -> Path:
-    return Path(source) if "/" in source else _credential(source, environ)
-
-
-def _credential(name: str, environ: Mapping[str, str]) -> Path:
+def _secret_path(source: str, environ: Mapping[str, str], called: str = "") -> Path:
+    if "/" in source:
+        return Path(source)
+    if not CREDENTIAL_NAME.fullmatch(source):
+        raise Misconfigured(
+            "what should name a key or password is neither a path nor a credential's name (it is not shown here)",
+            remedy="name a file by a path with a slash, or a credential: at most 40 of A-Z a-z 0-9 _ . -",
+        )
     folder = environ.get(CREDENTIALS)
     if not folder:
         raise Misconfigured(
-            f"{name} names a systemd credential, but systemd gave us none (${CREDENTIALS} is not set)",
-            remedy=f"start the unit instead, or name a file by a path with a slash (./{name})",
+            f"{called or source} names a systemd credential, but systemd gave us none (${CREDENTIALS} is not set)",
+            remedy=f"start the unit instead, or name a file by a path with a slash (./{_name_or_dots(source, called)})",
         )
-    return Path(folder) / name
+    return Path(folder) / source
 
 
-def _kind(source: str) -> str:
-    return "file" if "/" in source else "credential"
-
-
-def _origin(source: str) -> str:
+def _origin(source: str, called: str) -> str:
     if "/" in source:
         return "check the path in [keys]; relative paths start at the settings file"
-    return (
-        f"add LoadCredential={source}:/etc/v2v-agent/{source} to the unit, and put the file there (mode 0600)"
-    )
+    name = _name_or_dots(source, called)
+    return f"add LoadCredential={name}:/etc/v2v-agent/{name} to the unit, and put the file there (mode 0600)"
+
+
+def _name_or_dots(source: str, called: str) -> str:
+    return source if called in ("", source) else "..."
 
 
 # ------------------------------------------------------------------------------------------------ making keys

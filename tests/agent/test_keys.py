@@ -1,5 +1,6 @@
 """Keys: what signs, what is refused, and that the private bytes are never seen."""
 
+import base64
 import copy
 import hashlib
 import json
@@ -177,6 +178,31 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated():
         shown = refusal(given_key)
         assert "a private key was given where the name of one belongs" in shown
         assert KEY not in shown
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        f"0X{KEY}",
+        base64.urlsafe_b64encode(bytes.fromhex(KEY)).decode(),
+        KEY[:48],
+        str(int(KEY, 16)),
+        f" {KEY}",
+    ],
+)
+def test_what_looks_like_no_name_is_not_repeated(tmp_path, secret):
+    """Would catch a key in another spelling, taken for a credential's name and printed as one that does not exist."""
+    for environ in ({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)}):
+        assert secret.strip() not in refusal(secret, environ=environ)
+
+
+def test_a_password_in_the_place_of_its_name_is_not_repeated(tmp_path):
+    """Would catch a password in a log: its owner wrote it where the name of its credential belongs."""
+    path = private_file(tmp_path / "keystore", keystore())
+    for environ in ({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)}):
+        shown = refusal(path, "hunter2", environ=environ)
+        assert "the credential with the password" in shown
+        assert "hunter2" not in shown
 
 
 def everything_shown(error):
