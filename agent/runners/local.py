@@ -59,7 +59,7 @@ class LocalRunner:
 
     def __init__(self, engine: Engine, path: Path) -> None:
         self._engine, self._path = engine, path
-        self._peers = 0
+        self._talks: set[asyncio.Task[None]] = set()
         self._asked_at_ms: list[int] = []
         self.listening = asyncio.Event()
 
@@ -75,7 +75,11 @@ class LocalRunner:
             async with server:
                 self.listening.set()
                 log.info("local.up", path=str(self._path))
-                await asyncio.Event().wait()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    for talk in tuple(self._talks):  # from Python 3.12 on, a server waits for them
+                        talk.cancel()
         finally:
             self._path.unlink(missing_ok=True)
         raise AssertionError("waits for ever")
@@ -99,7 +103,9 @@ class LocalRunner:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One line, one answer, the end."""
-        self._peers += 1
+        talk = asyncio.current_task()
+        assert talk is not None
+        self._talks.add(talk)
         try:
             answer = await self._answered(reader, _peer_uid(writer))
             writer.write(json.dumps(answer, sort_keys=True).encode() + b"\n")
@@ -108,14 +114,14 @@ class LocalRunner:
         except (OSError, TimeoutError) as gone:
             log.debug("local.hung_up", error=repr(gone))  # the same question again gets the same answer
         finally:
-            self._peers -= 1
+            self._talks.discard(talk)
             writer.close()
             with suppress(OSError, TimeoutError):
                 await writer.wait_closed()
 
     async def _answered(self, reader: asyncio.StreamReader, uid: int) -> dict[str, Any]:
         try:
-            if self._peers > PEERS_MAX:
+            if len(self._talks) > PEERS_MAX:
                 raise Refused("busy", "too many ask at once")
             try:
                 async with asyncio.timeout(SPEAK_S):
