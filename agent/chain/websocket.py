@@ -73,6 +73,8 @@ class _CalmProvider(WebSocketProvider):
             return await answer
         finally:
             del self._waiting[request["id"]]
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # the connection ended while we were still sending: that error is the one to raise
 
     async def socket_recv(self) -> NoReturn:
         """Read until the connection ends. web3's listener task calls this once."""

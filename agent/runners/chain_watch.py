@@ -311,8 +311,9 @@ class ChainWatch:
         """The contract's own storage must say the same as its logs; a node that only fakes logs fails here."""
         place, state = (terms.block_hash, terms.log_index), await self._state(head, terms)
         if not state.is_open:  # ended before we believed it (or never there): nothing is owed
-            since = self._over.setdefault(place, head)
-            if terms.valid_until_s <= head.timestamp_s or await self._is_settled(head, since, final_number):
+            if terms.valid_until_s <= head.timestamp_s or await self._is_over_for_good(
+                head, place, final_number
+            ):
                 log.info("chain.over_before_believed", session=short(terms.session_id))
                 self._forget(place, terms)
             return
@@ -324,11 +325,15 @@ class ChainWatch:
         self._accept(ev.ConnectedBelieved(self._engine.at_s, terms.session_id, terms.block_hash))
         self._take_closing(terms, state)  # its log came before there was a session to tell
 
-    async def _is_settled(self, head: Header, since: Header, final_number: int) -> bool:
+    async def _is_over_for_good(self, head: Header, place: Place, final_number: int) -> bool:
         """A reorganisation could undo an end that is not final, and the session would be there again."""
-        return since.number <= final_number and bool(
-            await self._is_canonical(head, since.number, since.block_hash)
-        )
+        since = self._over.setdefault(place, head)
+        if since.number > final_number:
+            return False
+        if await self._is_canonical(head, since.number, since.block_hash):
+            return True
+        self._over[place] = head  # what showed it is gone: count from here
+        return False
 
     def _forget(self, place: Place, terms: Terms) -> None:
         if len(self._forgotten) >= FORGOTTEN_MAX:
@@ -348,6 +353,8 @@ class ChainWatch:
         """The logs are read; where the state shows a close that they do not, somebody left it out."""
         if session.stage not in STOPPABLE or session.closing_at_s is not None or session.ended is not None:
             return
+        if session.terms.block_number > head.number:
+            return  # seen from a backend that is behind, it has not begun
         state = await self._state(head, session.terms)
         if state.is_open and not self._take_closing(session.terms, state):
             return
