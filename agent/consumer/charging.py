@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from agent.consumer.journal import CarConfirmed, ReceiptSigned
 from agent.consumer.plug import Plug, Settlement, Step, TokenChanged
-from agent.consumer.policy import Decline, Patience, Reason, Sign, Situation, decide
+from agent.consumer.policy import SUSPICIOUS, Decline, Patience, Reason, Sign, Situation, decide
 from agent.core import token as rules
 from agent.core.messages import (
     AckMessage,
@@ -76,6 +76,7 @@ class Charging:
     _chain_ms: int | None = None  # the last look at the chain; None: look now
     _look: asyncio.Task[Settlement | None] | None = None
     _alive_ms: int = 0
+    _is_quiet: bool = False  # said already that no word comes
     _presented_ms: int = 0
 
     async def charge(self) -> Charged:
@@ -122,6 +123,7 @@ class Charging:
                 self._final, self._chain_ms = message, None  # and look at the chain now
             case Refusal():
                 self.plug.odd = Refused(message.reason, message.detail)
+                self._trouble = f"it says: {message.reason}"  # unsigned: worth a word in the end, no more
                 if message.reason in PRESENT_AGAIN:
                     self._chain_ms = None
             case _:
@@ -201,6 +203,10 @@ class Charging:
         """Present again, byte for byte: the provider answers a repeat with the same acceptance, and tells us all the rest anew.
         A phone that slept, or an app that was started again, has no reading to sign for otherwise.
         """
+        if not self._is_quiet:
+            self._is_quiet = True
+            trouble = f" ({self.plug.carrier.trouble})" if self.plug.carrier.trouble else ""
+            self._show(f"no word from the provider; asking again{trouble}")
         presented = self.plug.errand.presented
         self._posted_ms = self.plug.now_ms()
         if presented is not None:
@@ -289,8 +295,16 @@ class Charging:
             remedy=f"run the same command again to wait on, or `v2v consumer end` to pay the {wh} Wh you signed for",
         )
 
+    def _words(self) -> str:
+        """What a driver should know now: that we do not sign, and why, before whatever the provider says."""
+        if self._declined in SUSPICIOUS and self._reading is not None:
+            own_wh = self.own_wh()
+            ours = "" if own_wh is None else f", our car says {own_wh} Wh"
+            return f"not signed ({self._declined}): their meter says {self._reading.delivered_wh} Wh{ours}"
+        return f"{self._stage} ({self._status_reason})" if self._status_reason else self._stage
+
     def _alive(self) -> None:
-        self._alive_ms = self.plug.now_ms()
+        self._alive_ms, self._is_quiet = self.plug.now_ms(), False
 
     def _show(self, words: str = "", *, step: Step = Step.CHARGE) -> None:
         reading = self._reading
@@ -298,7 +312,7 @@ class Charging:
             step = Step.SETTLE
         self.plug.say(
             step,
-            words or (f"{self._stage} ({self._status_reason})" if self._status_reason else self._stage),
+            words or self._words(),
             stage=self._stage,
             energy_wh_delivered=0 if reading is None else reading.delivered_wh,
             power_w=0 if reading is None else reading.power_w,

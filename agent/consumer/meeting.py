@@ -33,6 +33,9 @@ REMEDIES = {
     "out_of_order": f"ask the provider for another charging port; or {_LEAVE}",
     "reserve_reached": _LEAVE,
     "unknown_charger": "is --port the name written at the plug?",
+    "wrong_provider": "is this the charger you won? Another code may be stuck over its own; nothing was signed",
+    "wrong_signer": "somebody shows a code in your provider's name; nothing was signed. Tell whoever owns the charger",
+    "stale_hello": "the code was old; stay until the charger shows a new one, and run the same command again",
     "malformed": "consumer and provider run versions that do not understand each other; update the older one",
 }
 REFUSED_KNOCKS = 3
@@ -48,6 +51,9 @@ class Meeting:
     plug: Plug
     port: str = ""
     _hellos: dict[bytes, Hello] = field(default_factory=dict)  # newest believed one per charger id
+    _told: set[str] = field(
+        default_factory=set
+    )  # why Hellos were not believed; each said once, or a stranger fills the screen
     _used_nonces: set[bytes] = field(default_factory=set)
     _knocks: int = 0
     _refused_knocks: set[int] = field(default_factory=set)
@@ -112,6 +118,9 @@ class Meeting:
             await self._check_hello(hello)
         except Refused as odd:
             self.plug.odd = odd
+            if odd.reason not in self._told:
+                self._told.add(odd.reason)
+                self.plug.say(Step.HELLO, f"not believed ({odd.reason}): {odd.detail}")
             return False
         if hello.charger_id not in self._hellos and len(self._hellos) >= HELLOS_MAX:
             return False
@@ -244,7 +253,9 @@ class Meeting:
     def _nobody(self, what: str) -> Refused | Transient:
         """What a time-out means: the newest reason why an answer was not believed, or that there was none."""
         if self.plug.odd is not None:
-            return Refused(self.plug.odd.reason, f"the provider {what}; last seen: {self.plug.odd.detail}")
+            reason = self.plug.odd.reason
+            said = f"the provider {what}; last seen: {self.plug.odd.detail}"
+            return Refused(reason, said, remedy=REMEDIES.get(reason, ""))
         trouble = f" ({self.plug.carrier.trouble})" if self.plug.carrier.trouble else ""
         return Transient(
             f"the provider {what}{trouble}",

@@ -184,6 +184,8 @@ async def test_our_own_meter_is_a_bound(tmp_path):
         await eventually(lambda: story.plug.odd is not None)
         assert story.plug.odd.reason == "above_own_meter"
         assert story.signed_wh == 20
+        words = "not signed (above_own_meter): their meter says 60 Wh, our car says 0 Wh"
+        await eventually(lambda: story.plug.tell[-1].words == words)
 
 
 async def test_what_our_own_meter_shows_late_is_signed_without_another_reading(tmp_path):

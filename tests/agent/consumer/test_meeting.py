@@ -180,6 +180,12 @@ async def test_a_false_hello_is_refused_by_name_and_gets_no_signature(
     assert refused.value.reason == reason
     assert provider.presented == []
     assert plug.errand.presented is None
+    assert reason == "bad_signature" or refused.value.remedy, (
+        "a driver with the wrong code wants to know what to do"
+    )
+    assert sum(f"not believed ({reason})" in told.words for told in plug.tell) == 1, (
+        "and wants to know at once, and once"
+    )
 
 
 async def test_a_liars_no_ends_nothing(provider, carrier, tmp_path):
