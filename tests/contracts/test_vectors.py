@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from market import Market
-from vectors import AUCTION_NONCE, CONSUMER, DOMAIN, ENERGY_WH, PROVIDER, SESSION_ID, ack_of, vectors
+from vectors import AUCTION_NONCE, CONSUMER, DOMAIN, ENERGY_WH, PROVIDER, SESSION_ID, ack_of, unhex, vectors
 
 from agent.chain import contract
 from agent.core import token as tk
+from agent.core.units import Address
 
 SHARE_MIN = 0.2  # a property that hardly ever sees one of its two answers says nothing about it
 
@@ -51,6 +52,22 @@ def test_the_vectors_were_made_for_this_market(charging):
     state = market.session(name)
     assert (market.domain, state.consumer, state.provider) == (DOMAIN, CONSUMER, PROVIDER)
     assert (state.auction_nonce, state.energy_wh) == (AUCTION_NONCE, ENERGY_WH)
+
+
+def test_the_contract_gives_the_names_that_the_second_implementation_computes(charging):
+    """Would catch a session id or a domain that only Python and the vectors agree on."""
+    market, _ = charging
+    here = (DOMAIN.chain_id, "0x" + DOMAIN.contract.hex())
+    told = [one for one in vectors("identities") if (one.get("chainId"), one.get("contract")) == here]
+    assert {one["name"] for one in told} == {"sessionId", "domainSeparator"}
+    for one in told:
+        if one["name"] == "sessionId":
+            parties = (Address(unhex(one["consumer"])), Address(unhex(one["provider"])))
+            asked = contract.encode_session_id_of(*parties, int(one["auctionNonce"]))
+            assert contract.decode_session_id_of(market.view(asked)) == unhex(one["expected"])
+        else:
+            answer = market.view(contract.encode_domain_separator())
+            assert contract.decode_domain_separator(answer) == unhex(one["expected"])
 
 
 def test_the_contract_takes_the_receipts_that_the_second_implementation_calls_good(charging):

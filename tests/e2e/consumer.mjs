@@ -157,11 +157,10 @@ class Visit {
   }
 
   async on_hello(hello) {
-    if (this.presented || this.used.has(hello.nonce)) return;
     if (hello.provider !== this.session.provider || hello.expiresAt <= (await chainNow()) || !(await this.believes("ProviderHello", hello))) {
-      this.doubts.push("hello");
-      return;
+      return void this.doubts.push("hello");
     }
+    if (this.presented || this.used.has(hello.nonce)) return;
     const { token, sessionId, provider, energyWh, validity, domain } = this.session;
     const nonceC = hexlify(randomBytes(32));
     const challenge = keccak256(AbiCoder.defaultAbiCoder().encode(

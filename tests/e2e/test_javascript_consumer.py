@@ -8,12 +8,15 @@ import json
 import shutil
 import sys
 
+import aiomqtt
 import pytest
 from stage import ASK_S, RATE_WEI_PER_KWH, ROOT, Program, Stage, eventually, note
 
 from agent.chain import contract
-from agent.core.messages import decode
+from agent.core.messages import Hello, decode, encode
+from agent.core.token import ProviderHello, charger_id, digest
 from agent.core.units import cost_wei_floor, hex0x
+from agent.keys import ephemeral_signer
 
 ORDER_WH = 40
 LONG_ORDER_WH, STOP_WH = 400, 15  # much longer than a slow machine needs to say stop
@@ -103,11 +106,29 @@ def judged(stage, bought, name):
     return told
 
 
-def test_it_buys_over_mqtt(evening):
-    """Would catch a protocol page that is not enough, or true only for our own consumer."""
+async def pasted(stage):
+    """A Hello by a stranger, in the provider's name, retained where consumers look: a code pasted over the real one."""
+    provider, stranger = stage.provider.owner.address, ephemeral_signer(b"stranger")
+    typed = ProviderHello(provider, charger_id("roof"), bytes(32), 2**40)
+    hello = Hello(
+        provider,
+        typed.charger_id,
+        typed.nonce,
+        typed.expires_at_s,
+        stranger.sign_digest(digest(stage.domain, typed)),
+    )
+    topic = f"v2v/1/{hex0x(provider)}/hello/{hex0x(typed.charger_id)}"
+    async with aiomqtt.Client("127.0.0.1", stage.broker_port) as client:
+        await client.publish(topic, encode(hello), qos=1, retain=True)
+
+
+def test_it_buys_over_mqtt_and_past_a_pasted_code(evening):
+    """Would catch a protocol page that is not enough, or true only for our own consumer; and a check that it forgets."""
     stage, charger, _ = evening
+    stage.do(pasted(stage))
     bought = buy(stage, charger, "mqtt", ORDER_WH, broker=f"mqtt://127.0.0.1:{stage.broker_port}")
     told = judged(stage, bought, "mqtt")
+    assert set(told["doubts"]) == {"hello"}
     assert told["settledWh"] == ORDER_WH
     assert ORDER_WH * 1000 <= charger.truth["delivered_mwh"] < (ORDER_WH + 1) * 1000
     assert told["final"]["stopReason"] == "EnergyLimitReached"
