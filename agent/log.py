@@ -6,7 +6,8 @@ Rules
   JSON lines. Libraries that use the standard `logging` end in the same stream.
 * The last line of defence for privacy (PROTOCOL section 8): addresses are shortened, signatures and raw bytes blacked out, in
   every field and in tracebacks. The first line is not to log them.
-* The wall clock stands here and nowhere else.
+* A crash is said in the same way: Python's own traceback would show what exceptions carry, and be many entries in a journal.
+* The wall clock stands here, and nowhere else in the daemon.
 
 May not know: sessions, keys. A leaf: only the composition root and the command lines call `configure`.
 """
@@ -17,9 +18,11 @@ import logging
 import os
 import re
 import socket
+import sys
 import uuid
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -37,7 +40,8 @@ QUIET = ("pymodbus", "amqtt", "transitions", "aiohttp.access", "web3", "websocke
 _HIDDEN_KEY = re.compile(
     r"signature|password|secret|private|raw_tx|nonce_?c\b|hello_?nonce|challenge", re.IGNORECASE
 )
-_HEX = re.compile(r"0x[0-9a-fA-F]{40,}")
+_HEX = re.compile(r"(?:0x)?[0-9a-fA-F]{40,}")
+_BYTES = re.compile(r"""\bb(?:'(?:[^'\\]|\\.){12,}'|"(?:[^"\\]|\\.){12,}")""")  # as Python shows them
 
 
 def configure(
@@ -62,6 +66,12 @@ def configure(
         cache_logger_on_first_use=False,  # tests and `v2v demo` configure more than once
     )
     _adopt_standard_logging(LEVELS[level])
+    sys.excepthook = _say_crash
+
+
+def _say_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The last words of a process that a bug ends."""
+    structlog.get_logger().critical("process.crashed", exc_info=(kind, error, trace))
 
 
 def _chosen(stream: TextIO, environ: Mapping[str, str]) -> Format:
@@ -112,12 +122,12 @@ def _safe(value: Any) -> Any:
         return black_out(None, "", {str(key): item for key, item in value.items()})
     if isinstance(value, list | tuple | set | frozenset):
         return [_safe(item) for item in value]
-    return _HEX.sub(_safe_hex, str(value)[:FIELD_LENGTH_MAX])
+    return _HEX.sub(_safe_hex, _BYTES.sub("(bytes)", str(value)[:FIELD_LENGTH_MAX]))
 
 
 def _safe_hex(found: re.Match[str]) -> str:
     """20 bytes are an address: short. 32 bytes are a session or a transaction: public, in full. All else: only its length."""
-    digits = found.group()[2:]
+    digits = found.group().removeprefix("0x")
     if len(digits) == 40:
         return f"0x{digits[:4]}..{digits[-4:]}".lower()
     return found.group() if len(digits) == 64 else f"({len(digits) // 2} bytes)"

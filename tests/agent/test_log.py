@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import structlog
@@ -20,8 +22,9 @@ SESSION = "0x" + "12" * 32
 def _as_before():
     """Logging is the process's; put it back for the next test."""
     root = logging.getLogger()
-    handlers, level = root.handlers, root.level
+    handlers, level, hook = root.handlers, root.level, sys.excepthook
     yield
+    sys.excepthook = hook
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
     root.handlers = handlers
@@ -74,6 +77,59 @@ def test_nothing_private_gets_out_by_any_way(form):
     assert "77" * 32 not in text
     assert text.count("0xabab..abab") == 5
     assert "bad signature (65 bytes) of" in text
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "ab" * 20,  # without 0x, as bytes.hex() gives it
+        "left_0x" + "CD" * 65,
+        "CD" * 65,
+        repr(bytes.fromhex("cd" * 65)),
+        repr(b"it's " + bytes.fromhex("ab" * 20)),
+        f"Receipt(signature={bytes.fromhex('cd' * 65)!r}, delivered_wh=3)",
+    ],
+)
+def test_bytes_are_known_in_every_spelling(written):
+    """Would catch a signature in the text of an exception, as dataclasses and Python's own errors show it."""
+    stream = told()
+    structlog.get_logger().info("x", text=f"before {written} after")
+    text = json.loads(stream.getvalue())["text"]
+    assert written not in text
+    assert "cdcd" not in text.lower()
+    assert "\\x" not in text
+    assert text.startswith("before ")
+    assert text.endswith(" after")
+
+
+def test_short_words_stay_words():
+    """Would catch a log that says (bytes) where a version, a count or a name of a map stood."""
+    stream = told()
+    text = "b'ok' of 0x1234 at 1795386574 for 192000000000000 wei, d67793b33b, b'ab', abc'def'"
+    structlog.get_logger().info("x", text=text)
+    assert json.loads(stream.getvalue())["text"] == text
+
+
+CRASH = """
+import os, sys
+from agent import log
+log.configure("info", "json", sys.stderr, os.environ)
+def crash():
+    raise ExceptionGroup("runners", [KeyError(bytes.fromhex("cd" * 65)), ValueError("0x" + "ab" * 20)])
+crash()
+"""
+
+
+def test_a_crash_is_one_line_without_anything_private():
+    """Would catch Python's own traceback: many lines, and whatever the exception carries in full."""
+    ended = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    line = json.loads(ended.stderr)
+    assert (line["event"], line["level"]) == ("process.crashed", "critical")
+    assert "KeyError: (bytes)" in line["exception"]
+    assert "0xabab..abab" in line["exception"]
+    assert "in crash" in line["exception"]
+    assert "xcd" not in ended.stderr
 
 
 def test_sessions_and_transactions_are_shown_in_full():
