@@ -1,8 +1,12 @@
 """What the consumer's car signs: every bound, for any reading a provider may invent."""
 
+import re
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.consumer import policy
 from agent.consumer.policy import (
     Decline,
     Patience,
@@ -133,3 +137,17 @@ def test_patience_forgives_once_and_ends_a_liar():
     patience = patience.after(Sign(5), 800)
     assert not patience.is_over(10_000)
     assert not patience.after(Decline(Reason.NOTHING_NEW), 900).is_over(10_000)
+
+
+def test_the_page_tells_what_each_name_means():
+    """Would catch a name on a driver's screen that no page explains."""
+    page = (Path(__file__).parents[3] / "docs/fair-exchange.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    consumer = Path(policy.__file__).parent
+    raised = {
+        name
+        for file in ("meeting.py", "plug.py", "charging.py")
+        for name in re.findall(r'Refused\(\s*"(\w+)"', (consumer / file).read_text())
+    }
+    ours = raised - {"signers_unknown", "unknown_session"}  # a node that is away; a message for somebody else
+    assert explained == ours | set(Reason) - {Reason.NOTHING_NEW}
