@@ -73,14 +73,6 @@ MUTANTS = {
             "    await self._sender.broadcast(signed.raw_tx)\n    if self._is_owed(effect):",
         ),
     ),
-    "a replacement takes a new nonce": (
-        Slip(
-            SEND + "ChainSend._is_replaced",
-            "    if self._is_owed(effect):",
-            "    replaced = await self._prepared(_settlement_of(session), session.settlement.nonce + 1)\n"
-            "    if self._is_owed(effect):",
-        ),
-    ),
     "cursor advanced before its logs": (
         Slip(
             WATCH + "ChainWatch.look",
