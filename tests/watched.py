@@ -49,8 +49,11 @@ QUICK = Limits(
 class Watched:
     """The story. `told` is what the fail-over told, as (event, facts)."""
 
-    def __init__(self, folder, names=("first",), *, seed=0, limits=QUICK, ask_by="http"):
+    def __init__(
+        self, folder, names=("first",), *, seed=0, limits=QUICK, ask_by="http", max_unfinal_wh=2_000
+    ):
         self.folder, self.told, self.now_ms = folder, [], 1_000_000
+        self._policy = Policy(max_unacked_wh={"left": 50}, max_unfinal_wh=max_unfinal_wh)
         self.settings = WatchSettings(0, CONFIRMATIONS, FINAL_DEPTH)
         market = Market(DOMAIN, EVP, OPERATOR, challenge_s=43_200, grace_s=259_200)
         self.chain = Chain(market, lambda: T0_S, lambda _line: None)
@@ -89,9 +92,7 @@ class Watched:
         told = lambda event, **facts: self.told.append((event, facts))  # noqa: E731
         self.node = FailoverNode(ends, DOMAIN.chain_id, lambda: self.now_ms / 1000, told)
         self._journal = Journal(self.folder / "journal.sqlite", DOMAIN, EVP)
-        self.engine = Engine(
-            self._journal, Policy(max_unacked_wh={"left": 50}), lambda: self.now_ms, self.judge
-        )
+        self.engine = Engine(self._journal, self._policy, lambda: self.now_ms, self.judge)
         self.watch = ChainWatch(
             self.engine, self.node, DOMAIN, EVP, self.settings, lambda: self.now_ms / 1000
         )
