@@ -10,7 +10,7 @@ pragma solidity ^0.8.20;
 ///
 /// Laws: money only moves inside a pull ledger; `withdraw` is the only way out. No exit (endAuction, cancelAuction,
 /// endConnection, submitReceipt, settle, withdraw) depends on the registry or on the status flag. "Before closing" means
-/// `t < closingTime`, "after closing" means `t >= closingTime`. A call that changes nothing emits nothing.
+/// `t < closingTime`, "after closing" means `t >= closingTime`. Removing nobody and raising no claim emit nothing.
 interface IV2VCharging {
     // ------------------------------------------------------------------ types
 
