@@ -26,14 +26,16 @@ import itertools
 import logging
 import os
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
+from pymodbus.transport.serialtransport import SerialTransport
 
 from firmware_bridge import frames
 from firmware_bridge.charger import BridgeError, MapError
@@ -276,6 +278,28 @@ async def _pause_until(then_s: float) -> None:
         await asyncio.sleep(whole_ms / 1000)
     while loop.time() < then_s:  # noqa: ASYNC110 - nothing happens that could be waited for; it is the time
         await asyncio.sleep(0)
+
+
+class _SerialTransport(SerialTransport):
+    """The library's, which forgets a port that it could open and not set up: locked, until somebody collects it."""
+
+    def __init__(self, *given: Any) -> None:
+        try:
+            super().__init__(*given)
+        except Exception:
+            if (port := getattr(self, "sync_serial", None)) is not None:
+                port.close()
+            raise
+
+
+async def _open_serial(
+    wire: Wire, new_protocol: Callable[[], Any]
+) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+    """What the library's `create_serial_connection` does, with our transport."""
+    loop, protocol = asyncio.get_running_loop(), new_protocol()
+    transport = _SerialTransport(loop, protocol, wire.path, wire.baud, 8, wire.parity, wire.stop_bits, 0)
+    loop.call_soon(transport.setup)
+    return transport, protocol
 
 
 class Bus:
@@ -576,9 +600,17 @@ class Bus:
         self._client = self._new_client()
         try:
             connected = await self._client.connect()
-        except (OSError, termios.error) as exc:
+        except (
+            OSError,
+            termios.error,
+            ValueError,
+            OverflowError,
+        ) as exc:  # a rate may be no rate of this system's
             self._connect_failed()
-            raise BridgeError("port_refused", f"{self.wire}: {exc}; a pty takes parity=N only") from exc
+            raise BridgeError(
+                "port_refused",
+                f"{self.wire}: {exc}; the port does not take this rate or parity (a pty takes parity=N only)",
+            ) from exc
         if not connected:
             self._connect_failed()
             raise _why_unreachable(self.wire)
@@ -595,7 +627,7 @@ class Bus:
     def _new_client(self) -> AsyncModbusTcpClient | AsyncModbusSerialClient:
         wire = self.wire
         if wire.kind == "rtu":
-            return AsyncModbusSerialClient(
+            client = AsyncModbusSerialClient(
                 wire.path,
                 baudrate=wire.baud,
                 parity=wire.parity,
@@ -606,6 +638,8 @@ class Bus:
                 trace_packet=self._heard,
                 trace_connect=self._lost,
             )
+            client.ctx.call_create = partial(_open_serial, wire, client.ctx.handle_new_connection)
+            return client
         return AsyncModbusTcpClient(
             wire.host,
             port=wire.port,

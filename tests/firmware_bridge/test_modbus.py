@@ -91,6 +91,23 @@ async def test_between_an_answer_and_the_next_question_the_line_is_silent_for_3_
         assert closest_s >= max(0.00175, 3.5 * 11 / baud)
 
 
+@pytest.mark.parametrize("settings", ["parity=E", "baud=99999999999"])
+async def test_a_port_that_refuses_its_settings_is_given_back_at_once(settings):
+    """Would catch a port that stays locked in our own process after a wrong parity, so that the right one finds it "held"."""
+    master, slave = pty.openpty()
+    port = os.ttyname(slave)
+    try:
+        with pytest.raises(BridgeError, match="rate or parity") as refused:
+            await Bus(parse_wire(f"rtu://{port}?{settings}"), FAST).open()
+        assert refused.value.name == "port_refused"
+        bus = Bus(parse_wire(f"rtu://{port}?parity=N"), FAST)
+        await bus.open()  # while the refusal, and whatever hangs on it, is still alive
+        await bus.close()
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
 async def test_a_transaction_without_number_is_not_ours():
     """Would catch pymodbus' leniency towards transaction 0, with which every late reply fits every question."""
     async with FaultySlave("tcp") as slave:
