@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = (
     "tests/conftest.py",
     "tests/story.py",
+    "tests/visit.py",
     "tests/agent/core",
     "tests/agent/test_engine.py",
     "tests/agent/test_door.py",
@@ -135,6 +136,13 @@ SLIPS = (
         "agent/core/token.py",
         "if delivered_wh > ack.max_energy_wh:",
         "if delivered_wh > ack.valid_until_s:",
+        "tests/agent/core/test_token.py::test_a_granted_keys_receipt_is_good_up_to_its_limit",
+    ),
+    Slip(
+        "rule_3_over_the_grant_waits_for_the_meter",
+        "agent/door.py",
+        "if message.delivered_wh > session.order_wh:",
+        "if message.delivered_wh > session.terms.energy_wh_ordered:",
         OF_DOOR + "over_grant",
     ),
     Slip(

@@ -399,7 +399,7 @@ def test_over_order_and_ahead_of_meter():
 
 
 def test_over_grant():
-    """The meter check already keeps receipts below the grant; if the book ever said otherwise, the grant still holds."""
+    """Said by its name and before the meter is asked: a receipt that the key may not sign does not get better by waiting."""
     visit = at_the_plug()
     small = visit.present()
     hello = visit.door.hello(PORT)
@@ -413,18 +413,9 @@ def test_over_grant():
         rules.challenge(hello.typed, small.consumer_nonce),
     )
     assert isinstance(visit.says(replace(small, max_energy_wh=30, signature=CONSUMER.sign(typed))), Accept)
-    visit.story.passes(14)
-    assert visit.says(visit.receipt(28)) == AckMessage(TERMS.session_id, 28)
-    session = visit.story.session
-    visit.story.engine.book = replace(
-        visit.story.book,
-        sessions={
-            TERMS.session_id: replace(
-                session, presentation=replace(session.presentation, max_energy_wh=29), energy_wh_delivered=40
-            )
-        },
-    )
-    assert visit.refused(visit.receipt(40)) == "over_grant"
+    visit.story.passes(20)
+    assert visit.refused(visit.receipt(31)) == "over_grant"
+    assert visit.says(visit.receipt(30)) == AckMessage(TERMS.session_id, 30)
 
 
 def test_too_late_for_a_receipt():
