@@ -366,8 +366,6 @@ class ChainSend:
         gas_wei_max = cost_wei_floor(bid.rate_wei_per_kwh, auction.energy_wh)  # what the whole order brings
         provider = self._engine.book.provider
         data = contract.encode_place_bid_for(provider, bid.consumer, bid.auction_nonce, bid.rate_wei_per_kwh)
-        if provider == self._sender.address:  # a car without an owner's key apart
-            data = contract.encode_place_bid(bid.consumer, bid.auction_nonce, bid.rate_wei_per_kwh)
         nonce = await self._next_nonce()
         return await self._sender.prepare(
             self._contract, data, nonce=nonce, cost_wei_max=gas_wei_max
