@@ -48,6 +48,7 @@ QUARANTINE_S = 0.5  # BRIDGE rule 2
 _HEARD_BYTES_MAX = (
     1024  # an echo and an answer are 520 bytes at most; a babbling line does not fill the memory
 )
+_CHUNK_BYTES = 1024  # of a serial port at once; the rest comes in the next turn
 _CHUNK_BYTES_MAX = 1 << 20  # what one read of the system may bring; the library would drop longer ones unseen
 _TURN_S = 0.0002  # an answer is handed over this much before its silence ends: the next question is as long on its way
 _PAUSE_S_MAX = 0.01  # a gap between frames is slept exactly, a quarantine is not
@@ -281,7 +282,9 @@ async def _pause_until(then_s: float) -> None:
 
 
 class _SerialTransport(SerialTransport):
-    """The library's, which forgets a port that it could open and not set up: locked, until somebody collects it."""
+    """The library's, in three things better: it gives a port back that it could open and not set up (and else keeps locked
+    until somebody collects it), writes now and not a turn of the loop later, and reads without asking again whether it may.
+    """
 
     def __init__(self, *given: Any) -> None:
         try:
@@ -290,6 +293,25 @@ class _SerialTransport(SerialTransport):
             if (port := getattr(self, "sync_serial", None)) is not None:
                 port.close()
             raise
+
+    def write(self, data: Any) -> None:
+        """Send; what the port does not take at once is sent when it does."""
+        super().write(data)
+        self.intern_write_ready()
+
+    def intern_read_ready(self) -> None:
+        """Bytes came, or the port went away."""
+        try:
+            data = os.read(self.sync_serial.fileno(), _CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self.close(exc=exc)
+            return
+        if data:
+            self.intern_protocol.data_received(data)  # type: ignore[attr-defined]
+        else:
+            self.close(exc=ConnectionError("the port is ready to read and has nothing: unplugged"))
 
 
 async def _open_serial(
