@@ -53,6 +53,11 @@ class Trick:
     car_measures: bool = True
     driver: str = ""  # what a driver who is asked says: "yes", "no", "" nothing
     pre_sign_wh: int = 25
+    out_of_reach: tuple[int, int] = (
+        0,
+        0,
+    )  # from what it received, Wh, for so many seconds: the phone hears and says nothing
+    killed: bool = False  # and the app is not only out of reach, but gone, and started anew afterwards
 
 
 class MallorysBox:
@@ -93,6 +98,8 @@ class MallorysBox:
 
     async def post(self, kind, data):
         """Passed on, word for word: the agent cannot tell."""
+        if self.guest.is_out_of_reach():
+            return
         self.guest.said(kind, data)
         self.world.broker.says(self.guest.sref, data)
 
@@ -140,12 +147,23 @@ class Guest(Consumer):
         self.refused = ""  # why it went away
         self.asked = 0  # how often its driver was asked
         self._stop, self._confirmed = asyncio.Event(), asyncio.Event()
-        self._task = None
+        self._task = self._gone_ms = None
 
     def hears(self, payload):
         """Through Mallory's box, or at the honest plug: the same words."""
         self.world.was_told(decode(payload))
-        self.box.inbox.put(payload)
+        if not self.is_out_of_reach():
+            self.box.inbox.put(payload)
+
+    def is_out_of_reach(self):
+        """In a tunnel, asleep, or with an empty battery."""
+        from_wh, for_s = self.trick.out_of_reach
+        if for_s and self._gone_ms is None and self.received_mwh() >= from_wh * 1000:
+            self._gone_ms = self.world.now_ms()
+            self.world.tell("the phone is out of reach")
+            if self.trick.killed:
+                self._task.cancel()
+        return self._gone_ms is not None and self.world.now_ms() < self._gone_ms + for_s * 1000
 
     def said(self, kind, data):
         """For the world's checkers."""
@@ -159,7 +177,8 @@ class Guest(Consumer):
         return self.box.outlet.delivered_mwh if self.trick.relays else self.world.true_mwh(self.session_id)
 
     def _present(self, session):
-        if self._task is None:
+        app_is_off = self._task is None or self._task.cancelled()
+        if app_is_off and not self.is_out_of_reach():
             self._task = asyncio.create_task(self._charge(session), name="guest")
 
     def _repeat_receipt(self):
@@ -179,10 +198,10 @@ class Guest(Consumer):
             self.world.chain_time_s,
         )
         terms = self._terms(session)
-        journal.write(
-            OrderPlaced(1, terms.auction_nonce, terms.energy_wh_ordered, 10**18, 60, 900, 1, self.sref)
-        )
-        journal.write(Matched(1, terms))
+        if journal.errand is None:
+            order = (terms.auction_nonce, terms.energy_wh_ordered, 10**18, 60, 900, 1, self.sref)
+            journal.write(OrderPlaced(1, *order))
+            journal.write(Matched(1, terms))
         plug = Plug(
             domain=self.world.chain.market.domain,
             terms=terms,

@@ -78,3 +78,23 @@ def test_a_broker_that_loses_doubles_delays_and_breaks_costs_nothing_but_pauses(
     assert evening.guest.refused == ""
     assert ORDER_WH <= evening.given_wh < ORDER_WH + 3
     assert evening.settled_wh > ORDER_WH - UNACKED_WH - 15  # only the very last signature may come too late
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["asleep", "started anew"])
+def test_a_phone_that_was_away_while_the_provider_paused_goes_on(killed, folder):
+    """Would catch a session that ends for want of a receipt although the phone is back in time: it missed the one reading that
+    the provider, paused, has said already.
+    """
+    evening = relayed(Trick(relays=False, out_of_reach=(40, 60), killed=killed), folder)
+    assert not evening.outcome.broken, evening.outcome.story()
+    assert any("row DeliveryPaused" in line for line in evening.outcome.trace), "it was away long enough"
+    assert evening.settled_wh == ORDER_WH
+
+
+def test_a_phone_that_stays_away_is_settled_on_its_last_receipt(folder):
+    """Would catch energy that flows on without receipts, and a session that waits for ever for somebody who drove off."""
+    evening = relayed(Trick(relays=False, out_of_reach=(40, 600)), folder)
+    assert not evening.outcome.broken, evening.outcome.story()
+    assert 30 <= evening.settled_wh <= 40
+    assert evening.settled_wh == evening.guest.signed_wh
+    assert evening.given_wh < 40 + UNACKED_WH + 15
