@@ -1,7 +1,8 @@
 """What consumer and provider say to each other, byte for byte: strict JSON <-> frozen dataclasses (PROTOCOL sections 4-6).
 
 Rules
-* At most 4 KiB. Exactly the keys of the message; no floats, no duplicate keys, no nesting; integers fit 53 bits (JavaScript).
+* At most 4 KiB of UTF-8 without a byte order mark. Exactly the keys of the message; no floats, no duplicate keys, no
+  nesting; integers fit 53 bits (JavaScript).
 * Bytes are `0x` + hex of their exact length (any case in, lowercase out); money is a decimal string; text is bounded.
 * `encode` gives canonical JSON (sorted keys, no spaces); `decode` accepts any spelling of the same object.
 * `decode` raises only Refused("malformed", ...), in microseconds, before anything expensive is looked at.
@@ -337,7 +338,7 @@ def decode(data: bytes) -> Message:
         raise Malformed("nested too deep")
     try:
         body = json.loads(
-            data,
+            data.decode(),  # else Python would guess UTF-16 and UTF-32, too, which no other reader of ours does
             object_pairs_hook=_object,
             parse_float=_no_float,
             parse_constant=_no_float,
@@ -370,4 +371,6 @@ def _no_float(text: str) -> Any:
 def _bounded_int(text: str) -> int:
     if len(text) > 17:  # int() of a long digit string is quadratic
         raise Malformed("an integer is too long")
+    if text.startswith("-"):  # "-0" is two things to JavaScript and one to us
+        raise Malformed("an integer is negative")
     return int(text)

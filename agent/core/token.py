@@ -24,6 +24,7 @@ from agent.errors import Refused
 
 SIGNATURE_LENGTH = 65
 CURVE_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
+PUBLIC_KEY_FORMS = {(33, b"\x02"), (33, b"\x03"), (65, b"\x04")}  # SEC 1, section 2.3.3
 ZERO_ADDRESS = Address(bytes(20))
 DOMAIN_NAME = "V2VCharging"
 DOMAIN_VERSION = "1"
@@ -269,12 +270,14 @@ def checksummed(address: Address) -> str:
 def parsed_public_key(encoded: bytes) -> bytes:
     """A public key as sent along (33, 65 or 64 bytes) as 65 uncompressed bytes, proven to be on the curve.
 
-    Raises Refused("malformed"). coincurve validates the point; eth_keys would make an address of any 64 bytes.
+    Raises Refused("malformed"). coincurve validates the point (eth_keys would make an address of any 64 bytes), but it
+    also takes OpenSSL's hybrid form, which wallets' libraries do not know.
     """
+    sec1 = b"\x04" + encoded if len(encoded) == 64 else encoded
+    if (len(sec1), sec1[:1]) not in PUBLIC_KEY_FORMS:
+        raise Refused("malformed", "the public key is neither 33, 65 nor 64 bytes of secp256k1")
     try:
-        return coincurve.PublicKey(b"\x04" + encoded if len(encoded) == 64 else encoded).format(
-            compressed=False
-        )
+        return coincurve.PublicKey(sec1).format(compressed=False)
     except ValueError as error:
         raise Refused("malformed", "the public key is not a point of secp256k1") from error
 

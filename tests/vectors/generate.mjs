@@ -11,7 +11,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
   AbiCoder, SigningKey, TypedDataEncoder, computeAddress, concat, dataSlice, getBytes, getCreateAddress,
-  hashMessage, id, keccak256, sha256, solidityPackedKeccak256, toBeHex, toUtf8Bytes,
+  hashMessage, hexlify, id, keccak256, sha256, solidityPackedKeccak256, toBeHex, toUtf8Bytes,
 } from "ethers";
 
 // ------------------------------------------------------------------------------------------- who and where
@@ -113,6 +113,7 @@ function publicKeys() {
     "x above the field": concat(["0x02", toBeHex(FIELD + 1n, 32)]),
     "an x that is on no point": concat(["0x02", toBeHex(5, 32)]),
     "an unknown first byte": concat(["0x05", dataSlice(full, 1, 33)]),
+    "OpenSSL's hybrid form": concat([y % 2n ? "0x07" : "0x06", dataSlice(full, 1)]),
     "66 bytes": concat([full, "0x00"]),
     "empty": "0x",
   };
@@ -382,7 +383,8 @@ function messages() {
     "33 bytes": but({ sessionId: SESSION + "00" }), "odd hex": but({ sessionId: SESSION.slice(0, -1) + "g" }), "blanks in hex": but({ sessionId: SESSION.slice(0, -4) + " 1 2" }),
     "a signature of 63 bytes": but({ signature: dataSlice(receipt.signature, 0, 63) }), "a signature of 66 bytes": but({ signature: receipt.signature + "00" }),
     "an unknown scheme": JSON.stringify({ ...all.present, scheme: "eth_sign" }), "a public key of 32 bytes": JSON.stringify({ ...all.present, publicKey: NONE }),
-    "longer than 4 KiB": text + " ".repeat(4097 - text.length),
+    "longer than 4 KiB": text + " ".repeat(4097 - text.length), "minus zero, as an integer": text.replace(":97,", ":-0,"),
+    "a key twice, once spelled otherwise": text.replace("{", '{"delivere\\u0064Wh":97,'), "a byte order mark": "\ufeff" + text,
   };
   return [
     ...Object.entries(all).map(([name, body]) => spelled(name, canonical(body), body)),
@@ -391,6 +393,9 @@ function messages() {
     spelled("exactly 4 KiB", text + " ".repeat(4096 - text.length), receipt),
     spelled("2^53 - 1", but({ deliveredWh: Number.MAX_SAFE_INTEGER }), { ...receipt, deliveredWh: Number.MAX_SAFE_INTEGER }),
     ...Object.entries(strange).map(([name, data]) => refuse(name, data)),
+    ...["utf16le", "latin1"].map((encoding) => ({
+      name: `in ${encoding}`, bytes: hexlify(Buffer.from(canonical({ ...all.refusal, detail: "f\u00fcr" }), encoding)), refused: "malformed",
+    })),
   ];
 }
 

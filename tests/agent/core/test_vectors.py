@@ -190,7 +190,7 @@ def test_the_same_messages_are_understood(vector):
     """Would catch a message of a JavaScript client that we misread, and one that two readers could read differently."""
 
     def judge():
-        read = messages.decode(vector["text"].encode())
+        read = messages.decode(unhex(vector["bytes"]) if "bytes" in vector else vector["text"].encode())
         assert messages.encode(read) == vector["canonical"].encode()
 
     assert verdict(judge) == vector.get("refused")
