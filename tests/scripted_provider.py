@@ -196,6 +196,7 @@ class MemoryCarrier:
         self.provider = provider
         self.inbox = Inbox()
         self.losing = lambda _kind: False
+        self.asked = 0  # how often a Hello was asked for
         self.shown: list[Message] | None = None  # Hellos on display; None: a new good one each time we ask
 
     async def __aenter__(self):
@@ -210,6 +211,7 @@ class MemoryCarrier:
 
     async def ask_hello(self) -> None:
         """Show the Hellos on display."""
+        self.asked += 1
         for hello in [self.provider.hello()] if self.shown is None else self.shown:
             self.say(hello)
 

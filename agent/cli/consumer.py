@@ -60,6 +60,7 @@ class Wishes:
     port: str = ""
     provider_http: str = ""
     confirmed: bool = False
+    scanned: str = ""
 
 
 def _settings(command: Command) -> Command:
@@ -87,6 +88,9 @@ _ORDER = (
 _PLUG = (
     click.option("--port", default="", help="The name at the plug, where the provider has several."),
     click.option("--provider-http", default="", metavar="URL", help="Its local door, instead of the broker."),
+    click.option(
+        "--scanned", default="", metavar="TEXT", help="What the code at the plug says; then no --port."
+    ),
     click.option("--confirmed", is_flag=True, help="You see your car charging: sign without asking you."),
 )
 
@@ -429,6 +433,7 @@ async def _at_the_plug(
             _carrier(settings, wishes, journey.sref) as carrier,
         ):
             buying = asyncio.ensure_future(act(journey, carrier))
+            journey.scanned = wishes.scanned.encode()
             if wishes.confirmed:
                 journey.confirmed.set()
             with _interruptible(journey, screen, buying), _answerable(journey, screen):

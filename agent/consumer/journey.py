@@ -112,7 +112,9 @@ def _transaction_json(mined: TransactionMined) -> dict[str, Any]:
 
 @dataclass(slots=True, kw_only=True)
 class Journey:
-    """One consumer on its way. `port` is the name at the plug; `stop.set()` asks the provider to stop early."""
+    """One consumer on its way. `port` is the name at the plug, or `scanned` what the code there says; `stop.set()` asks the
+    provider to stop early.
+    """
 
     domain: Domain
     account: Signer
@@ -124,6 +126,7 @@ class Journey:
     tell: Tell = lambda _progress: None
     waits: Waits = field(default_factory=Waits)
     port: str = ""
+    scanned: bytes = b""
     own_register_wh: Callable[[], int | None] = lambda: (
         None
     )  # our car's own counter; None: it shows none (now)
@@ -319,7 +322,7 @@ class Journey:
             now_ms=self.now_ms,
         )
         self._read_own_meter()
-        await Meeting(plug, self.port).meet()
+        await Meeting(plug, self.port, self.scanned).meet()
         return await Charging(plug, self.stop, self._own_wh, self.confirmed).charge()
 
     def _read_own_meter(self) -> None:

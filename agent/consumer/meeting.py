@@ -39,6 +39,10 @@ REMEDIES = {
     "malformed": "consumer and provider run versions that do not understand each other; update the older one",
 }
 REFUSED_KNOCKS = 3
+SCAN_REMEDIES = REMEDIES | {
+    "malformed": "scan the code that the charger shows now; the app opens no address and reads nothing but a charger's Hello",
+    "stale_hello": "scan the code that the charger shows now; this one is a photograph, or older than two minutes",
+}
 KNOCK_GROWTH = 16  # quick on a fast chain, polite on a slow one: 0.5 s at first, 8 s at most
 GATHER_S = 0.4  # Hellos of several ports arrive together; we must see whether there is a choice to make
 HELLOS_MAX = 16  # ports we look at: a provider has at most eight
@@ -46,10 +50,14 @@ HELLOS_MAX = 16  # ports we look at: a provider has at most eight
 
 @dataclass(slots=True)
 class Meeting:
-    """One meeting. `port` is the name at the plug; empty: the provider's only one."""
+    """One meeting. `port` is the name at the plug; empty: the provider's only one. `scanned` is what the code there says, a
+    Hello: nobody has to type a name then, and somebody else's code is refused before anything is said.
+    """
 
     plug: Plug
     port: str = ""
+    scanned: bytes = b""
+    _charger_id: bytes = b""
     _hellos: dict[bytes, Hello] = field(default_factory=dict)  # newest believed one per charger id
     _told: set[str] = field(
         default_factory=set
@@ -68,6 +76,10 @@ class Meeting:
             accept = decode(accepted.message)
             assert isinstance(accept, Accept)
             return accept
+        if self.port:
+            self._charger_id = rules.charger_id(self.port)
+        if self.scanned:
+            await self._read_scan()
         try:
             async with asyncio.timeout(self.plug.waits.meeting_s):
                 return await self._present_until_accepted()
@@ -90,6 +102,21 @@ class Meeting:
                 backoff.reset()
 
     # ---- M0
+
+    async def _read_scan(self) -> None:
+        """The code at the plug: our provider's, or refused by name. It also says which port we stand at."""
+        try:
+            hello = decode(self.scanned)
+            if not isinstance(hello, Hello):
+                raise Refused("malformed", "this is no Hello of a charger")
+            self._charger_id = hello.charger_id
+            await self._check_hello(hello)
+        except Refused as no:
+            if no.reason == "stale_hello" and self.plug.errand.presented_at_s is not None:
+                return  # the chain told our `connect` anew: we still stand where it was scanned, and need a new Hello
+            said = f"the code you scanned: {no.detail}"
+            raise Refused(no.reason, said, remedy=SCAN_REMEDIES.get(no.reason, "")) from no
+        self._hellos[hello.charger_id] = hello
 
     async def _fresh_hello(self) -> Hello:
         """A Hello of this provider that nobody has used, for the port we stand at."""
@@ -132,8 +159,10 @@ class Meeting:
             raise Refused(
                 "wrong_provider", "this Hello is of another provider than the winner of our auction"
             )
-        if self.port and hello.charger_id != rules.charger_id(self.port):
-            raise Refused("unknown_charger", f"this Hello is not of the charging port {self.port!r}")
+        if self._charger_id and hello.charger_id != self._charger_id:
+            raise Refused(
+                "unknown_charger", f"this Hello is not of the charging port {self.port or 'you scanned'!r}"
+            )
         if hello.nonce in self._used_nonces:
             raise Refused("stale_hello", "this Hello was used already")
         await self.plug.believe(

@@ -18,10 +18,11 @@ from scripted_provider import (
     terms_of,
 )
 
+from agent.consumer.journal import Matched, Presented
 from agent.consumer.meeting import Meeting
 from agent.consumer.plug import TokenChanged
 from agent.core import token as rules
-from agent.core.messages import Present, Refusal, decode
+from agent.core.messages import Present, Refusal, decode, encode
 from agent.errors import Refused, Transient
 
 
@@ -257,6 +258,69 @@ async def test_the_named_port_is_the_one_presented_at(provider, carrier, tmp_pat
     await Meeting(plugged(tmp_path, carrier), "right").meet()
     (present,) = (decode(data) for data in provider.presented)
     assert present.charger_id == rules.charger_id("right")
+
+
+# ---- the code at the plug
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (someone_else, "wrong_provider"),
+        (wrong_signer, "wrong_signer"),
+        (relabelled, "wrong_signer"),
+        (expired, "stale_hello"),
+        (mangled, "bad_signature"),
+    ],
+)
+async def test_a_code_stuck_over_the_right_one_is_refused_by_name_before_anybody_is_asked(
+    forge, reason, provider, carrier, tmp_path
+):
+    """Would catch a QR overlay that gets a token, though the true provider is within reach: what the driver points at counts."""
+    plug = plugged(tmp_path, carrier)
+    with pytest.raises(Refused) as refused:
+        await Meeting(plug, scanned=encode(forge(provider))).meet()
+    assert refused.value.reason == reason
+    assert "the code you scanned" in refused.value.detail
+    assert provider.presented == []
+    assert carrier.asked == 0
+
+
+@pytest.mark.parametrize(
+    "text", [b"https://pay.example/now", b"{}", b"\xff", b'{"type":"stop"}', b"x" * 100_000]
+)
+async def test_a_code_that_is_no_hello_opens_nothing(text, provider, carrier, tmp_path):
+    """Would catch an app that follows what a sticker says."""
+    with pytest.raises(Refused) as refused:
+        await Meeting(plugged(tmp_path, carrier), scanned=text).meet()
+    assert refused.value.reason == "malformed"
+    assert "opens no address" in refused.value.remedy
+    assert (provider.presented, carrier.asked) == ([], 0)
+
+
+async def test_the_scanned_code_says_which_port(provider, carrier, tmp_path):
+    """Would catch a driver who must type a name although the code was scanned, or is sent to the neighbour's plug."""
+    right = replace(provider, port="right", nonce=50, hellos=provider.hellos)
+    carrier.shown = [provider.hello(), right.hello()]
+    await Meeting(plugged(tmp_path, carrier), scanned=encode(right.hello())).meet()
+    (present,) = (decode(data) for data in provider.presented)
+    assert present.charger_id == rules.charger_id("right")
+
+
+async def test_a_scanned_code_still_says_which_port_when_the_chain_told_our_session_anew(
+    provider, carrier, tmp_path
+):
+    """Would catch a driver who is sent back to the charger's screen by a reorg, twenty minutes into the charge."""
+    plug = plugged(tmp_path, carrier)
+    scanned = encode(provider.hello())
+    plug.journal.write(Presented(NOW_S, b"{}", bytes(32)))
+    again = replace(plug.terms, token=b"\x0a" * 32)
+    plug.journal.write(Matched(NOW_S, again))
+    provider.now_s += 1_000
+    plug.chain.at_s += 1_000
+    plug.terms = provider.terms = again
+    await Meeting(plug, scanned=scanned).meet()
+    assert len(provider.presented) == 1
 
 
 async def test_an_operator_named_since_is_believed(provider, carrier, tmp_path):
