@@ -9,6 +9,7 @@ This is the only file of the daemon that knows everybody; no decision about a se
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -144,6 +145,7 @@ async def _start(
     door = Door(engine, domain, provider, signer, tuple(p.config.name for p in ports), os.urandom)
     runners = _runners(config, environ, engine, door, node, signer, meter_signer, ports)
     log.info("agent.started", provider=short(provider), ports=[p.config.name for p in ports])
+    gc.freeze()  # what is loaded by now stays: looking through it again and again would hold a beat up for 50 ms and more
     await _run_until(stop, engine, runners, owner_stop or asyncio.Event())
     log.info("agent.stopping")
 
@@ -321,7 +323,9 @@ def _runners(
     )
     settings = WatchSettings(config.chain.start_block, config.chain.confirmations, config.chain.finality)
     sender = Sender(node, signer, config.chain.chain_id, revert_name=contract.revert_name)
-    chargers = [_charger_runner(engine, port, meter_signer) for port in ports]
+    chargers = [
+        _charger_runner(engine, port, meter_signer, (at, len(ports))) for at, port in enumerate(ports)
+    ]
     runners: list[_Runner] = [
         *chargers,
         ChainWatch(engine, node, domain, provider, settings, time.monotonic),
@@ -338,7 +342,9 @@ def _runners(
     return runners
 
 
-def _charger_runner(engine: Engine, port: _Port, meter_signer: MeterSigner) -> ChargerRunner:
+def _charger_runner(
+    engine: Engine, port: _Port, meter_signer: MeterSigner, beat_turn: tuple[int, int]
+) -> ChargerRunner:
     identity = port.identity
     return ChargerRunner(
         engine,
@@ -346,6 +352,7 @@ def _charger_runner(engine: Engine, port: _Port, meter_signer: MeterSigner) -> C
         port.charger,
         failsafe_timeout_s=port.config.failsafe_timeout_s,
         beat_interval_ms=port.config.poll_interval_ms,
+        beat_turn=beat_turn,
         stop_model=StopModel(ev_lag_ms=port.config.ev_lag_ms, ramp_ma_per_s=port.config.ev_ramp_ma_per_s),
         meter=MeterIdentity(identity.maker, identity.model, identity.serial, identity.firmware),
         meter_signer=meter_signer,

@@ -58,6 +58,7 @@ class ChargerRunner:
         *,
         failsafe_timeout_s: int,
         beat_interval_ms: int | None = None,
+        beat_turn: tuple[int, int] = (0, 1),
         stop_model: StopModel,
         meter: record.MeterIdentity,
         meter_signer: MeterSigner,
@@ -67,6 +68,9 @@ class ChargerRunner:
         self._failsafe_timeout_s = failsafe_timeout_s
         # Never faster than the device and its wire allow.
         self._beat_interval_ms = max(charger.limits.poll_interval_ms, beat_interval_ms or 0)
+        self._beat_turn = (
+            beat_turn  # which of how many ports: they beat one after the other, not all in one instant
+        )
         self._meter, self._meter_signer, self._monotonic_ms = meter, meter_signer, monotonic_ms
         self._stop_model = stop_model
         self._planner = StopPlanner(charger.limits, stop_model)
@@ -84,7 +88,8 @@ class ChargerRunner:
         wait_s = RECONNECT_S[0]
         interval_s = self._beat_interval_ms / 1000
         loop = asyncio.get_running_loop()
-        next_s = loop.time()
+        turn, ports = self._beat_turn
+        next_s = loop.time() + interval_s * turn / ports  # after the first beat, which waits for nobody
         while True:
             try:
                 await self._beat()

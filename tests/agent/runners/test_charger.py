@@ -1,10 +1,12 @@
 """The one place where core and charger meet: a real simulated charger over Modbus TCP, driven by what the engine owes."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import pytest
 import story as told
 from story import ListJournal, connect, presentation
 from tcp_proxy import TcpProxy
@@ -17,7 +19,7 @@ from agent.core.units import BlockHash
 from agent.engine import Engine
 from agent.runners import charger as charger_runner
 from agent.runners.charger import ChargerRunner
-from firmware_bridge.charger import BridgeError, Charger
+from firmware_bridge.charger import BridgeError, Charger, Limits, Reading
 from firmware_bridge.mapped_charger import ChargerConfig, open_charger
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 from firmware_bridge.stopping import StopModel
@@ -106,6 +108,62 @@ async def socket(*, unacked_wh: int = 50, reserve_permille: int = 0, **plant: in
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await charger.close()
+
+
+class IdleCharger:
+    """A charger that is off and answers at once; it knows when it was looked at."""
+
+    limits = Limits(6_000, 32_000, 3, 230_000, 1_000, poll_interval_ms=200)
+
+    def __init__(self) -> None:
+        self.looked_at_s: list[float] = []
+
+    async def read(self) -> Reading:
+        """Nothing plugged in."""
+        now_s = asyncio.get_running_loop().time()
+        self.looked_at_s.append(now_s)
+        return Reading(int(now_s * 1000), 1_000, 0, 0, 230_000, "A", contactor_closed=False)
+
+    async def arm(self, failsafe_timeout_s: int) -> None:
+        """As asked."""
+
+    async def hold(self) -> None:
+        """It is off."""
+
+
+@pytest.mark.looptime
+async def test_ports_beat_one_after_the_other() -> None:
+    """Would catch all ports of a car park beating in the same instant, so that the last of them is late by all the others."""
+    loop = asyncio.get_running_loop()
+    chargers = [IdleCharger() for _ in range(4)]
+    names = [f"port{at}" for at in range(4)]
+    policy = Policy(max_unacked_wh=dict.fromkeys(names, 50))
+    engine = Engine(ListJournal(), policy, lambda: int(loop.time() * 1000))  # type: ignore[arg-type]
+    runners = [
+        ChargerRunner(
+            engine,
+            name,
+            charger,  # type: ignore[arg-type]
+            failsafe_timeout_s=FAILSAFE_S,
+            beat_turn=(at, 4),
+            stop_model=StopModel(ev_lag_ms=400, ramp_ma_per_s=50_000),
+            meter=MeterIdentity(),
+            meter_signer=MeterKey(),
+            monotonic_ms=lambda: int(loop.time() * 1000),
+        )
+        for at, (name, charger) in enumerate(zip(names, chargers, strict=True))
+    ]
+    began_s = loop.time()
+    tasks = [asyncio.create_task(runner.run()) for runner in runners]
+    await asyncio.sleep(2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(charger.looked_at_s[0] == began_s for charger in chargers), "the first beat makes it safe"
+    later = sorted(at_s for charger in chargers for at_s in set(charger.looked_at_s) if at_s > began_s)
+    apart_s = [after - one for one, after in itertools.pairwise(later)]
+    assert len(later) > 30
+    assert min(apart_s) == pytest.approx(0.05, abs=0.005) == max(apart_s)
 
 
 async def test_nothing_flows_before_a_session_is_authorised() -> None:
