@@ -16,13 +16,15 @@ def test_the_rows_compare_like_with_like(monkeypatch) -> None:
     monkeypatch.setattr(wire, "PORTS_RTU", (1,))
     monkeypatch.setattr(wire, "BAUDS", (115_200,))
     rows = wire.rows(1)
-    assert [row.unit for row in rows] == [
-        *(["1/s", "us", "us", "% of a core"] * 2), "% of the line", *(["ms", "1/s"] * 2),
+    assert [row.unit for row in rows if "SCHED_FIFO" not in row.metric] == [
+        *(["1/s", "us", "us", "% of a core"] * 2), *(["% of the line"] * 3), *(["ms", "1/s"] * 2),
     ]  # fmt: skip
     assert all(row.ours > 0 for row in rows)
-    assert all(row.peer is not None and row.peer > 0 for row in rows[:9])
-    paced = rows[8]
-    assert paced.ours <= 100, "faster than the line: a silence was not kept"
+    assert all(row.peer is not None and row.peer > 0 for row in rows[:11])
+    assert all(row.floor is not None and row.floor > 0 for row in rows if row.unit == "ms")
+    paced = [row for row in rows if row.unit == "% of the line"]
+    assert all(row.ours <= 100 for row in paced), "faster than the line: a silence was not kept"
+    assert ["hot block" in row.metric for row in paced] == [row.goal != "shown only" for row in paced]
 
 
 def test_without_libmodbus_there_is_a_reason_and_no_row(monkeypatch, capsys) -> None:
