@@ -13,6 +13,7 @@ from eth_utils.crypto import keccak
 from vectors import CONSUMER, DOMAIN, OPERATOR, PROVIDER, SESSION_KEY, unhex, vectors
 
 from agent import door
+from agent.consumer.plug import Waits
 from agent.consumer.policy import Patience, SigningLimits
 from agent.core import messages
 from agent.core import token as rules
@@ -246,6 +247,12 @@ def test_the_times_and_limits_are_the_codes():
         "the provider waits after a stop for the last receipt": f"{policy.final_receipt_wait_s} s",
         "the provider stops before the token's validity ends by": f"{policy.validity_margin_s} s",
         "`final` is offered for": f"{door.NEWS_KEPT_S} s",
+        "a Hello at the plug": f"{Waits().hello_s:g} s",
+        "the acceptance (confirmations take time, another car may have to leave)": f"{Waits().meeting_s:g} s",
+        "an `ack`, before it sends the receipt or stop again": f"{Waits().resend_s:g} s",
+        "a word, before it repeats its presentation, byte for byte, to hear where it stands": f"{Waits().quiet_s:g} s",
+        "any sign of life while the session is open": f"{Waits().silence_s:g} s",
+        "the `final` message, once the chain says that it is settled": f"{Waits().final_s:g} s",
     }
     section = PAGE.read_text().split("## Times and limits")[1].split("\n## ")[0]
     assert dict(re.findall(r"^\| ([^|]+) \| (\d[^|]*) \|$", section, re.MULTILINE)) == codes
