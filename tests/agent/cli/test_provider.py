@@ -1,5 +1,6 @@
 """`v2v provider` on the real contract: what there is to bid on, what a bid locks, every refusal by its name, and the exits."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,14 @@ from proof import session_id_of, settled
 from story import CONSUMER, DOMAIN, PROVIDER, TERMS, at, receipt, reverts, settles
 from town import Town, v2v
 
-from agent.cli.provider import _block_at
+from agent.cli.provider import _block_at, _status_text
 from agent.core.book import FOLD_AFTER_S, folded, step
+from agent.core.live import Purse, PurseSeen, TransactionTried, Tried
 from agent.core.session import Stage
 from agent.core.units import hex0x
 from agent.journal import Journal
 from agent.keys import new_key
+from agent.views import status, status_line
 
 RATE = 1_000_000  # wei per kWh that auctions below start at; 200 Wh cost 200_000 wei
 BIDDING_S = 600
@@ -106,6 +109,44 @@ def test_there_must_be_an_auction(market):
     said = bid(market, "alice", RATE)
     assert said.exit_code == 3
     assert "NoAuction" in said.err
+
+
+def test_a_bid_is_refused_when_its_settlement_could_not_be_paid(market, tmp_path):
+    """Would catch a sale won by a car whose hot key has no coins: its bond and its pay would wait for strangers."""
+    operator = hex0x(new_key(tmp_path / "operator.key").address)
+    assert market.v2v("provider", "set-operator", operator, as_="alice").exit_code == 0
+    market.start_auction("carol", rate=RATE)
+    said = bid(market, "alice", RATE)
+    assert said.exit_code == 3
+    assert "gas_reserve" in said.err
+    assert f"{operator}, which settles, has gas for about 0 settlements" in said.err
+    missing_wei = int(said.err.split("Send it at least ")[1].split()[0])
+    market.send("bob", b"", missing_wei, to=bytes.fromhex(operator[2:]))
+    told = bid(market, "alice", RATE, "--json").json
+    assert (told["settlements_left"], told["settlements_owed"]) == (1, 1)
+
+
+def test_without_a_key_and_without_an_agent_nobody_signs(market, tmp_path):
+    """Would catch a bid without a key that hangs, or asks an agent that nobody named."""
+    said = market.v2v("provider", "bid", "--consumer", market.address("carol"), "--rate", "5")
+    assert said.exit_code == 2
+    assert "--key" in said.err
+    assert "start the agent" in said.err
+
+
+def test_the_status_says_how_the_way_to_the_money_goes():
+    """Would catch a settlement that waits for lower fees without anybody being told why, and until when."""
+    story = at(Stage.SETTLING)
+    sid = story.session.session_id
+    story.engine.observe(TransactionTried(sid, Tried("waiting", "fee_cap")))
+    story.engine.observe(PurseSeen(Purse(10**15, 4 * 10**14)))
+    found = json.loads(json.dumps(status(story.engine.book, story.engine.live)))
+    said = _status_text(found)
+    assert "waits for lower fees (fee_cap); anybody may settle from" in said
+    assert "for about 2 settlements, 1 owed" in said
+    assert "waits for lower fees" in status_line(story.engine.book, story.engine.live)
+    story.engine.observe(PurseSeen(Purse(10**14, 4 * 10**14)))
+    assert "gas for only 0 settlements" in status_line(story.engine.book, story.engine.live)
 
 
 def test_an_empty_wallet_learns_how_much_is_missing(market, tmp_path):

@@ -33,6 +33,9 @@ PINNED = {
     ),
     "SettlementReverted": "at_s session_id tx_hash error",
     "SessionLapsed": "at_s session_id",
+    "BidDecided": "at_s bid_id consumer auction_nonce rate_wei_per_kwh until_s",
+    "BidSigned": "at_s bid_id nonce tx_hash raw_tx gas_wei_max",
+    "BidEnded": "at_s bid_id error",
 }
 PINNED_PARTS = {
     events.Terms: (
