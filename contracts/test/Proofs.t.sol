@@ -104,6 +104,27 @@ contract ProofsTest is MarketTest {
         assert(o.operator() == operator_ && o.bondLimit() == limit);
     }
 
+    /// @dev A market's rules are read back as they were given, or the market is refused.
+    /// @custom:halmos --loop 11
+    function check_RulesFieldsStayApart(IV2VCharging.MarketParameters memory p) public pure {
+        (RulesWord r, bool fits) = Words.newRules(p);
+        assert(fits == _fit(p));
+        if (!fits) return;
+        (uint256 min, uint256 max) = r.biddingRange();
+        assert(min == p.minBiddingSeconds && max == p.maxBiddingSeconds);
+        (min, max) = r.tokenValidityRange();
+        assert(min == p.tokenValidityMin && max == p.tokenValidityMax);
+        assert(r.softCloseSeconds() == p.softCloseSeconds && r.softCloseMax() == p.softCloseMax);
+        assert(r.connectWindowSeconds() == p.connectWindowSeconds && r.challengeSeconds() == p.challengeSeconds);
+        assert(r.graceSeconds() == p.graceSeconds && r.bondBps() == p.bondBps);
+    }
+
+    function _fit(IV2VCharging.MarketParameters memory p) private pure returns (bool) {
+        return p.minBiddingSeconds < 1 << 25 && p.maxBiddingSeconds < 1 << 25 && p.softCloseSeconds < 1 << 25
+            && p.connectWindowSeconds < 1 << 25 && p.challengeSeconds < 1 << 25 && p.graceSeconds < 1 << 25
+            && p.tokenValidityMin < 1 << 25 && p.tokenValidityMax < 1 << 18 && p.softCloseMax < 8 && p.bondBps <= 10_000;
+    }
+
     // -------------------------------------------------------------- arithmetic
 
     /// @dev The lowest bid strictly falls, to 0 at last.
