@@ -26,6 +26,7 @@ import click
 
 from agent.cli.ledger import ledger_commands
 from agent.cli.output import WEI, at, echo, ether, facts, json_option
+from agent.cli.own_car import answered, own_meter, question
 from agent.cli.remedies import with_remedy
 from agent.config import ConsumerConfig, load_consumer
 from agent.core.token import Domain
@@ -41,12 +42,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Command = Callable[..., Any]
 BAR_WIDTH = 24
-OWN_METER_CHARS_MAX = 20  # a 64-bit number; a file that is something else must not be read as a larger one
-QUESTION = "Their meter runs. Is it your car that charges? Enter: yes, sign on. n: no, stop. Until then nothing more is signed."
-QUESTION_TO_NOBODY = (
-    "Their meter runs. Is it your car that charges? Nothing more is signed until you say so: "
-    "the same command again with --confirmed, or else `v2v consumer end`"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,31 +359,12 @@ async def _opened(settings: ConsumerConfig, port: str, screen: _Screen) -> Async
                     tolerance_permille=policy.tolerance_permille,
                     pre_sign_wh=policy.pre_sign_wh,
                 ),
-                own_register_wh=_own_meter(policy.own_meter),
+                own_register_wh=own_meter(policy.own_meter),
                 now_ms=lambda: time.monotonic_ns() // 1_000_000,
                 sref=_sref(settings, journal),
                 tell=screen,
                 port=port,
             )
-
-
-def _own_meter(path: Path | None) -> Callable[[], int | None]:
-    """Our car's own counter in Wh, from a file that whatever reads the car keeps current. None while it says nothing: then the
-    driver is asked.
-    """
-
-    def read() -> int | None:
-        if path is None:
-            return None
-        try:
-            with path.open(encoding="utf-8", errors="replace") as file:
-                word = file.read(OWN_METER_CHARS_MAX + 1).strip()
-        except OSError:
-            return None
-        fits = len(word) <= OWN_METER_CHARS_MAX and word.isascii() and word.isdecimal()
-        return int(word) if fits else None
-
-    return read
 
 
 def _sref(settings: ConsumerConfig, journal: ConsumerJournal) -> str:
@@ -436,30 +412,8 @@ async def _at_the_plug(
             journey.scanned = wishes.scanned.encode()
             if wishes.confirmed:
                 journey.confirmed.set()
-            with _interruptible(journey, screen, buying), _answerable(journey, screen):
+            with _interruptible(journey, screen, buying), answered(journey, screen):
                 return await buying
-
-
-@contextlib.contextmanager
-def _answerable(journey: Journey, screen: _Screen) -> Iterator[None]:
-    """While the driver is asked whether the car charges, a line typed is the answer: Enter or y is yes, n stops."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    def typed() -> None:
-        line = sys.stdin.readline()
-        answer = line.strip().lower()
-        if not line or not screen.asking:
-            return  # Ctrl-D says nothing; and what is typed too early is no answer: the question must have been read
-        (journey.confirmed if answer in ("", "y", "yes") else journey.stop).set()
-
-    loop.add_reader(sys.stdin, typed)
-    try:
-        yield
-    finally:
-        loop.remove_reader(sys.stdin)
 
 
 @contextlib.contextmanager
@@ -537,9 +491,9 @@ class _Screen:
     def _ask(self) -> None:
         """Said once, and left standing above the live line."""
         if self._live is not None:
-            self._live.console.print(QUESTION)
+            self._live.console.print(question())
         else:
-            click.echo(QUESTION if sys.stdin.isatty() else QUESTION_TO_NOBODY, err=True)
+            click.echo(question(), err=True)
 
 
 def progress_line(progress: Progress) -> str:

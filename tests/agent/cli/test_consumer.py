@@ -1,16 +1,14 @@
 """The driver's commands as they are typed: what they print, how they end, and what stays where it was."""
 
 import asyncio
-import os
 import signal
-import sys
 from types import SimpleNamespace
 
 import pytest
 from town import Town, v2v
 
 from agent.chain import contract
-from agent.cli.consumer import _answerable, _interruptible, _own_meter, _Screen, progress_line
+from agent.cli.consumer import _interruptible, _Screen, progress_line
 from agent.consumer.plug import Progress, Step
 
 SETTINGS = """\
@@ -210,65 +208,6 @@ async def test_ctrl_c_before_any_energy_leaves_at_once():
         signal.raise_signal(signal.SIGINT)
         await asyncio.wait({buying}, timeout=5)
     assert buying.cancelled()
-
-
-# ---- is it our car?
-
-
-def test_the_cars_own_counter_is_read_from_its_file(tmp_path):
-    """Would catch half a number, or something else in that file, taken for energy our car received."""
-    file = tmp_path / "own_meter.txt"
-    read = _own_meter(file)
-    assert read() is None
-    for text, register_wh in (
-        ("12345\n", 12_345),
-        ("", None),
-        ("-3", None),
-        ("12.5", None),
-        ("9" * 400, None),
-    ):
-        file.write_text(text)
-        assert read() == register_wh
-    file.write_bytes(b"\xff\xfe")
-    assert read() is None
-    assert _own_meter(None)() is None
-
-
-@pytest.fixture
-def keyboard(monkeypatch):
-    """Somebody types: a terminal whose other end is the test's."""
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs) as terminal:
-        monkeypatch.setattr(sys, "stdin", terminal)
-        yield lambda line: os.write(ours, line)
-    os.close(ours)
-
-
-@pytest.mark.parametrize(
-    ("line", "confirmed"), [(b"\n", True), (b"y\n", True), (b"n\n", False), (b"what?\n", False)]
-)
-async def test_a_line_typed_is_the_drivers_answer(keyboard, line, confirmed):
-    """Would catch a "no" taken for a yes, and a question that nobody can answer."""
-    journey = SimpleNamespace(stop=asyncio.Event(), confirmed=asyncio.Event())
-    with _answerable(journey, SimpleNamespace(asking=True)):
-        keyboard(line)
-        await asyncio.wait_for((journey.confirmed if confirmed else journey.stop).wait(), 30)
-    assert journey.confirmed.is_set() is confirmed
-
-
-async def test_what_was_typed_before_the_question_is_no_answer(keyboard):
-    """Would catch an Enter from the auction that lets a stranger's car be charged."""
-    journey, screen = (
-        SimpleNamespace(stop=asyncio.Event(), confirmed=asyncio.Event()),
-        SimpleNamespace(asking=False),
-    )
-    with _answerable(journey, screen):
-        keyboard(b"\n")
-        await asyncio.sleep(0.2)  # the reader takes it, and drops it
-        assert not journey.confirmed.is_set()
-        screen.asking = True
-        keyboard(b"\n")
-        await asyncio.wait_for(journey.confirmed.wait(), 30)
 
 
 def test_the_driver_is_asked_once(capsys):
