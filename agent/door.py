@@ -49,7 +49,9 @@ SOURCES_MAX = (
     1024  # rate buckets kept; the least recently seen goes first, so memory stays flat under a flood
 )
 SOURCE_RATE = (10.0, 5.0)  # burst and per second: a receipt per second and retries pass, a flood does not
-GLOBAL_RATE = (200.0, 100.0)  # of a crowd: 100 recoveries a second are 1 % of a core
+# Of a crowd: a thousand recoveries a second are a tenth of a core, and among two thousand forgeries a second an honest token
+# is looked at with its second knock.
+GLOBAL_RATE = (1000.0, 1000.0)
 CROWDS_MAX = 256  # sessions at the plug and awaited ones (64 at most), over two transports, and the rest
 PRESENT_EVERY_MS = 10_000  # a new presentation is a journal row: a paying consumer must not fill the disk
 # What fits an MQTT topic level and an HTTP header: no separators, no wildcards.

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -111,9 +112,12 @@ class HttpRunner:
     async def run(self) -> NoReturn:
         """For ever: serve. Raises Misconfigured when the address cannot be had."""
         self._bug = asyncio.get_running_loop().create_future()
+        silent = logging.getLogger("agent.runners.http.library")
+        silent.setLevel(logging.CRITICAL + 1)
         runner = web.AppRunner(
             self._application(),
             access_log=None,  # who stood at the plug is nobody's business
+            logger=silent,  # it would log a traceback for everybody who does not speak HTTP; our own bugs end `run`
             keepalive_timeout=KEEPALIVE_S,
             max_line_size=HEADER_BYTES_MAX,
             max_field_size=HEADER_BYTES_MAX,

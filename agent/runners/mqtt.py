@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import random
 import re
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,9 +53,10 @@ ANSWERS_MAX = (
     64  # waiting for a broker that acknowledges slowly; what finds no room is asked, or told as news, again
 )
 PUBLISHED_AT_ONCE_MAX = 16  # below the client's own window of 20 unacknowledged messages
-# Refusals of what anybody can send without knowing anything: a few go out, for people who look for their mistake.
+# Of refusals only so many a second go out (and twice as many at once). Fewest of what anybody can send who knows nothing: they
+# are for people who look for their mistake. The others tell a consumer what to do next: fetch a new Hello, wait, go home.
 NOISE = frozenset({"malformed", "rate_limited", "unknown_session", "not_yet_seen", "unknown_charger"})
-NOISE_PER_S, NOISE_BURST = 20.0, 20.0
+NOISE_PER_S, REFUSALS_PER_S = 10.0, 50.0
 
 ONLINE, OFFLINE = b"online", b"offline"
 _TOPIC_LEVEL = re.compile(r"[^/+#\x00-\x20\x7f-\U0010ffff]{1,64}")  # else it would not stay below `out/`
@@ -84,7 +86,7 @@ class MqttRunner:
         self._heard = Heard()
         self._answers: deque[_Post] = deque()
         self._has_answers = asyncio.Event()
-        self._noise_paid_until_s = 0.0
+        self._paid_until_s = {NOISE_PER_S: 0.0, REFUSALS_PER_S: 0.0}
         self._retained: dict[str, bytes] = {}
         self._telemetry_at_s = 0.0
         self._problem = ""  # the one already logged: an hour without a broker is one line, not a thousand
@@ -151,11 +153,13 @@ class MqttRunner:
 
     async def _hear(self, client: aiomqtt.Client) -> NoReturn:
         """Look at what consumers sent, for a moment in every turn of the loop; topics take turns."""
-        loop, messages, heard = asyncio.get_running_loop(), client.messages, self._heard
+        messages, heard = client.messages, self._heard
         while True:
             self._look_at(await anext(messages))  # raises MqttError when the connection is gone
-            until_s = loop.time() + HEARD_TURN_S
-            while not heard.empty() and loop.time() < until_s:
+            until_s = (
+                time.thread_time() + HEARD_TURN_S
+            )  # our own work: a busy machine must not end the turn for us
+            while not heard.empty() and time.thread_time() < until_s:
                 self._look_at(heard.get_nowait())
             await asyncio.sleep(0)
 
@@ -167,7 +171,9 @@ class MqttRunner:
         if not isinstance(message.payload, bytes) or len(message.payload) > MESSAGE_BYTES_MAX:
             return  # who sends this does not speak our protocol; an answer would be an amplifier
         answer = self._door.answer(sref, f"mqtt:{sref}", message.payload)
-        if len(self._answers) >= ANSWERS_MAX or (self._is_noise(answer) and not self._may_make_noise()):
+        if len(self._answers) >= ANSWERS_MAX or (
+            isinstance(answer, Refusal) and not self._may_refuse(answer)
+        ):
             return
         if hasattr(answer, "session_id"):
             if isinstance(answer, Accept) and self._told.get(_key(sref, answer)) == answer:
@@ -178,15 +184,13 @@ class MqttRunner:
         self._answers.append(self._out(sref, answer))
         self._has_answers.set()
 
-    def _is_noise(self, answer: Message) -> bool:
-        return isinstance(answer, Refusal) and answer.reason in NOISE
-
-    def _may_make_noise(self) -> bool:
+    def _may_refuse(self, refusal: Refusal) -> bool:
         now_s = asyncio.get_running_loop().time()
-        paid_until_s = max(self._noise_paid_until_s, now_s) + 1 / NOISE_PER_S
-        if paid_until_s - now_s > NOISE_BURST / NOISE_PER_S:
+        per_s = NOISE_PER_S if refusal.reason in NOISE else REFUSALS_PER_S
+        paid_until_s = max(self._paid_until_s[per_s], now_s) + 1 / per_s
+        if paid_until_s - now_s > 2.0:
             return False
-        self._noise_paid_until_s = paid_until_s
+        self._paid_until_s[per_s] = paid_until_s
         return True
 
     async def _answer(self, client: aiomqtt.Client) -> NoReturn:

@@ -296,6 +296,16 @@ async def test_whoever_holds_most_places_gives_one_to_a_newcomer(plug, monkeypat
         assert not inside[3][0].at_eof()
 
 
+async def test_who_speaks_no_http_is_no_line_in_the_log(plug, capfd, caplog):
+    """Would catch a flood of tracebacks, with bytes of a stranger's choice in them."""
+    async with served(plug) as runner, visitors(runner, "127.0.0.2") as ((reader, writer),):
+        writer.write(b"\x16\x03\x01 this is TLS\r\n\r\n")
+        async with asyncio.timeout(30):
+            assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+    assert [record for record in caplog.records if record.name != "asyncio"] == []
+    assert "TLS" not in capfd.readouterr().err
+
+
 async def test_nobody_loses_his_only_place(plug, monkeypatch):
     """Would catch visitors who push each other out in a circle: then nobody is served."""
     monkeypatch.setattr(http, "CONNECTIONS_MAX", 2)

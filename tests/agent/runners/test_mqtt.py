@@ -399,17 +399,17 @@ async def test_a_flood_is_looked_at_for_a_moment_in_each_turn_and_answered_now_a
     assert len(noise) < sum(looked.values())
 
 
-async def test_answers_are_not_waited_for_before_the_next_message_is_heard(plug, monkeypatch):
+async def test_answers_are_not_waited_for_before_the_next_message_is_heard(plug):
     """Would catch one slow acknowledgement that makes every consumer wait."""
     terms = plug.delivering()
     runner = MqttRunner(plug.engine, plug.door, plug.provider.address, BrokerAddress("127.0.0.1"))
     root = f"v2v/1/{hex0x(plug.provider.address)}"
-    monkeypatch.setattr(mqtt, "NOISE_BURST", 3)
-    for number in range(5):
+    for number in range(50):
         runner._look_at(message(f"{root}/in/vandal{number}", b"{}"))
     runner._look_at(message(f"{root}/in/{SREF}", plug.receipt(terms, 12)))
     topics = [post.topic.removeprefix(f"{root}/out/") for post in runner._answers]
-    assert topics in (["vandal0", "vandal1", SREF], ["vandal0", "vandal1", "vandal2", SREF])
+    assert topics[-1] == SREF
+    assert 15 <= len(topics) <= 25, "a sample of the noise, and what matters"
     assert plug.engine.book.sessions[terms.session_id].energy_wh_acked == 12
 
 
