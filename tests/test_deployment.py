@@ -10,7 +10,9 @@ from click.testing import CliRunner
 
 from agent import daemon
 from agent.cli import cli, make_safe
-from agent.config import ProviderKeysConfig
+from agent.config import SOCKET_NAME, SYSTEMD_RUNTIME, ProviderKeysConfig
+from agent.core import settling
+from agent.core.settling import Haste
 from agent.errors import EXIT_DONE, EXIT_MISCONFIGURED, EXIT_REFUSED, EXIT_UNREACHABLE
 from agent.runners import systemd
 
@@ -141,6 +143,29 @@ def test_the_page_tells_every_exit_code():
     assert codes == {EXIT_DONE, EXIT_UNREACHABLE, EXIT_MISCONFIGURED}
     for code in (EXIT_DONE, EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_MISCONFIGURED):
         assert re.search(rf"`make-safe` ends with .*?\b{code}\b", PAGE, re.DOTALL)
+
+
+def test_the_page_tells_how_long_being_paid_may_wait_and_what_it_may_cost():
+    """Would catch a table of haste that is not the one the agent goes by."""
+    table = PAGE.split("how near the deadline is")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    permille = {"half of the stake": 500, "three quarters": 750, "all of it": 1_000}
+    waits = {
+        "1 min, then twice as long each time, up to 1 h": (60, 3_600),
+        "45 s, doubling, up to 5 min": (45, 300),
+        "45 s": (45, 45),
+    }
+    told = {Haste(row[0].partition(":")[0]): (permille[row[1]], waits[row[2]], int(row[3])) for row in rows}
+    tables = (settling.STAKE_PERMILLE, settling.REPLACE_AFTER_S, settling.REPLACEMENTS_MAX)
+    assert told == {haste: tuple(table[haste] for table in tables) for haste in Haste}
+    assert (settling.BRISK_LEFT_PART, settling.BRISK_LEFT_S_MIN) == (4, 30 * 60)
+    assert (settling.URGENT_LEFT_PART, settling.URGENT_LEFT_S_MIN) == (16, 10 * 60)
+
+
+def test_the_page_tells_where_the_socket_is():
+    """Would catch a command line that looks elsewhere than the unit lets the agent put it."""
+    assert [str(SYSTEMD_RUNTIME.relative_to("/run"))] == setting("RuntimeDirectory")
+    assert f"`{SYSTEMD_RUNTIME / SOCKET_NAME}`" in PAGE
 
 
 def allowed(user, action, topic):
