@@ -67,10 +67,15 @@ def table(rows: Sequence[Row]) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row as the table shows it; a figure to compare with carries its name."""
-    peer = "" if row.peer is None else f"{row.peer:.4g} ({row.peer_name})"
-    floor = "" if row.floor is None else f"{row.floor:.4g} ({row.floor_name})"
+    peer = "" if row.peer is None else f"{figure(row.peer)} ({row.peer_name})"
+    floor = "" if row.floor is None else f"{figure(row.floor)} ({row.floor_name})"
     met = "yes" if row.met else "NO"
-    return (row.bench, row.metric, row.unit, f"{row.ours:.4g}", peer, floor, row.goal, met)
+    return (row.bench, row.metric, row.unit, figure(row.ours), peer, floor, row.goal, met)
+
+
+def figure(value: float) -> str:
+    """Four digits, or all in front of the point: nobody reads gas as 2.559e+04."""
+    return f"{value:,.0f}" if value >= 10_000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":
