@@ -177,6 +177,7 @@ class DeviceMap:
     energy: Energy
     connector_count: int = 1
     connector: int = 1
+    connector_strides: tuple[int, int] = (0, 0)  # of input registers and bits, and of holding registers
     sunspec: Sunspec | None = None
     digest: str = ""
 
@@ -201,6 +202,13 @@ class DeviceMap:
         meters only.
         """
         return self.reads.get("register_mwh") or self.reads.get(f"register_{direction}_mwh")
+
+    def at_connector(self, number: int) -> DeviceMap:
+        """The map of the first charging point, for another one of the same station."""
+        assert self.connector == 1 <= number <= self.connector_count
+        shift, holding = ((number - 1) * stride for stride in self.connector_strides)
+        moved = self.with_points(lambda point: point.moved({1: shift, 2: shift, 3: holding, 4: shift}))
+        return replace(moved, connector=number)
 
     def placed(self, starts: Mapping[int, int]) -> DeviceMap:
         """The same map with real addresses, once it is known where each SunSpec model begins."""
@@ -315,22 +323,22 @@ class _Compiler:
             failsafe=self._failsafe(),
             energy=self._energy(),
             connector_count=table.connectors.count if table.connectors else 1,
-            connector=connector,
+            connector_strides=self._strides(),
             sunspec=self._sunspec(),
         )
-        return self._at_connector(found)
+        return self._at_connector(found, connector)
 
-    def _at_connector(self, device_map: DeviceMap) -> DeviceMap:
-        count, number = device_map.connector_count, device_map.connector
+    def _at_connector(self, device_map: DeviceMap, number: int) -> DeviceMap:
+        count = device_map.connector_count
         if not 1 <= number <= count:
             has = f"1 to {count}" if count > 1 else "only one, so leave the # away"
             self.problems.add(("connectors",), f"there is no connector {number}; this device has {has}")
-        connectors = self.table.connectors
-        if connectors is None or number == 1:
             return device_map
-        shift = (number - 1) * connectors.stride
-        holding = (number - 1) * (connectors.holding_stride or connectors.stride)
-        return device_map.with_points(lambda point: point.moved({1: shift, 2: shift, 3: holding, 4: shift}))
+        return device_map if number == 1 else device_map.at_connector(number)
+
+    def _strides(self) -> tuple[int, int]:
+        table = self.table.connectors
+        return (0, 0) if table is None else (table.stride, table.holding_stride or table.stride)
 
     def _sunspec(self) -> Sunspec | None:
         table = self.table.sunspec

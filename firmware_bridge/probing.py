@@ -42,11 +42,16 @@ _WEIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well a map explains a device."""
+    """How well a map explains a device. `connectors`: its charging points that are there, where the map knows of several."""
 
     map: str
     title: str
     percent: int
+    connectors: tuple[int, ...] = (1,)
+
+    def __str__(self) -> str:
+        more = ", ".join(f"{self.map}#{number}" for number in self.connectors if number > 1)
+        return f"{self.map} ({self.title}), {self.percent} %" + (f", and {more}" if more else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Found:
     def __str__(self) -> str:
         who = "an OpenEVSE" if self.device_id is None else f"unit {self.device_id}"
         best = self.fits[0] if self.fits else None
-        name = f"as {best.map} ({best.title}), {best.percent} %" if best else "and fits no map we have"
+        name = f"as {best}" if best else "and fits no map we have"
         return f"{who} answers at {self.at} {name}"
 
 
@@ -184,8 +189,30 @@ async def _fits(bus: Bus, device_id: int, maps: Sequence[DeviceMap]) -> tuple[Fi
         else:
             percent = await _fit_percent(bus, device_id, device_map)
         if percent >= FIT_PERCENT:
-            found.append(Fit(device_map.id, f"{device_map.maker} {device_map.model}", percent))
+            connectors = await _connectors(bus, device_id, device_map)
+            found.append(Fit(device_map.id, f"{device_map.maker} {device_map.model}", percent, connectors))
     return tuple(sorted(found, key=lambda fit: -fit.percent))
+
+
+async def _connectors(bus: Bus, device_id: int, device_map: DeviceMap) -> tuple[int, ...]:
+    """Which of the station's charging points are there; one that is not ends the counting. All zeros is none."""
+    there = [1]
+    for number in range(2, device_map.connector_count + 1):
+        points = device_map.at_connector(number).reads.values()
+        try:
+            told = [
+                await bus.read(device_id, point.read_fc or 3, at, point.word_count)
+                for point in points
+                for at in point.addresses
+            ]
+        except BridgeError as error:
+            if not error.name.startswith("exception_") and error.name not in ("timeout", "wrong_reply"):
+                raise
+            break
+        if not any(map(any, told)):
+            break
+        there.append(number)
+    return tuple(there)
 
 
 async def _is_sunspec(bus: Bus, device_id: int, base_addresses: Sequence[int]) -> bool:

@@ -151,8 +151,9 @@ def _told_to_stop(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
 def _who(simulator: Simulator) -> dict[str, object]:
     """The first device, and all of them where there are several."""
     first: dict[str, object] = {"map": simulator.map.id, "device_id": simulator.device_id}
-    if len(simulator.devices) > 1:
-        first["devices"] = {str(at): device.map.id for at, device in simulator.devices.items()}
+    names = {str(at): device.name for at, device in simulator.devices.items()}
+    if len(names) > 1 or simulator.devices[simulator.device_id].beside:
+        first["devices"] = names
     return first
 
 
@@ -163,7 +164,7 @@ def write_truth(path: Path | None, simulator: Simulator) -> None:
     truth: dict[str, object] = dict(simulator.truth().as_dict())
     several = simulator.truths()
     if len(several) > 1:
-        truth["chargers"] = {str(at): one.as_dict() for at, one in several.items()}
+        truth["chargers"] = {at: one.as_dict() for at, one in several.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(truth) + "\n", encoding="utf-8")
     beside.replace(path)

@@ -6,7 +6,8 @@ Rules
 * A request is answered from the plant as it is at that instant; between requests the plant still runs, by its
   own events.
 * It refuses what the device refuses: unmapped addresses, reads across a border of the map, blocks longer than the map allows.
-* Several devices may share the wire. A charger brings its own plant (box, car, cable); a meter measures the charger before it.
+* Several devices may share the wire, and the charging points of one station a device id (MAP and MAP#2). A charger brings its
+  own plant (box, car, cable); a meter measures the charger before it.
 * The wire cannot see the truth; `Simulator.truth()` can, and tests and `--truth` use it.
 
 May not know: the driver that talks to it (it shares the map with it, never code that encodes a frame).
@@ -34,6 +35,7 @@ _IDENTITY: dict[str, Value] = {
     "serial": "0000000001",
     "firmware": "1.0.0",
 }
+_EXCEPTION = 0x80  # in the function code of a refusal
 _ILLEGAL_FUNCTION, _ILLEGAL_ADDRESS, _ILLEGAL_VALUE = 1, 2, 3
 _READ_BITS, _READ_WORDS = (1, 2), (3, 4)
 _BITS_MAX, _WORDS_MAX = 2000, 125  # the most that one reply can carry
@@ -173,13 +175,18 @@ class Simulator:
         if len(wanted) > _DEVICES_MAX:
             raise MapError(f"a bus has {_DEVICES_MAX} device ids at most")
         for its_map, its_id, pinned in wanted:
-            if its_id in found:
+            station = found.get(its_id)
+            if station is not None and not station.is_beside(its_map):
                 raise MapError(
-                    f"{found[its_id].map.id} and {its_map.id} both have device id {its_id}; give one another id"
+                    f"{station.map.id} and {its_map.id} both have device id {its_id}; give one another id"
                 )
             if found and its_map.kind == "charger":
                 plant = Plant(self.config.plant, self._began_ms)
-            found[its_id] = _Device(self, its_map, its_id, plant, pinned)
+            device = _Device(self, its_map, its_id, plant, pinned)
+            if station is None:
+                found[its_id] = device
+            else:
+                station.beside.append(device)
         return found
 
     # -------------------------------------------------------------- what goes wrong
@@ -196,7 +203,7 @@ class Simulator:
         now_ms = self._now_ms()
         self.now()
         self.scenario.at((now_ms - self._began_ms) / 1000, self.plant.delivered_mwh / 1000)
-        for device in self.devices.values():
+        for device in [one for first in self.devices.values() for one in (first, *first.beside)]:
             if device.map.kind == "charger":
                 faults = self.scenario.plant_faults(device.device_id, first=device.plant is self.plant)
                 device.plant.suffer(faults, now_ms)
@@ -227,9 +234,14 @@ class Simulator:
         """The contactor in front of the first charger opens, as an external cut-off opens it."""
         self.plant.cut_off(self._now_ms())
 
-    def truths(self) -> dict[int, Truth]:
-        """The truth of every charger on the wire, by device id."""
-        return {at: self.truth(one.plant) for at, one in self.devices.items() if one.map.kind == "charger"}
+    def truths(self) -> dict[str, Truth]:
+        """The truth of every charger on the wire, by device id; "1#2" is the second charging point of a station."""
+        return {
+            f"{at}#{one.map.connector}" if one.map.connector > 1 else str(at): self.truth(one.plant)
+            for at, device in self.devices.items()
+            for one in (device, *device.beside)
+            if one.map.kind == "charger"
+        }
 
     def truth(self, plant: Plant | None = None) -> Truth:
         """The truth at this instant, of the first device's plant unless another is named."""
@@ -275,6 +287,7 @@ class _Device:
         self.device_id = device_id
         self.plant = plant
         self.pinned = pinned
+        self.beside: list[_Device] = []  # the other charging points of the station, under the same device id
         failsafe = device_map.failsafe
         found = [
             *device_map.commands.values(),
@@ -326,9 +339,28 @@ class _Device:
             return self.map.wire.block_words_max
         return self.map.wire.spare_words
 
+    @property
+    def name(self) -> str:
+        """Its map, and those of the charging points beside it."""
+        more = [one.map for one in (self, *self.beside)]
+        return " and ".join(f"{one.id}#{one.connector}" if one.connector > 1 else one.id for one in more)
+
+    def is_beside(self, device_map: DeviceMap) -> bool:
+        """True for another charging point of this station."""
+        here = {self.map.connector, *(one.map.connector for one in self.beside)}
+        return device_map.id == self.map.id and device_map.connector not in here
+
     # -------------------------------------------------------------- every access
     def answer(self, pdu: bytes) -> bytes:
         """The reply to one request, function code first; an exception where the device would raise one."""
+        reply = self._answer(pdu)
+        for other in self.beside:
+            if reply[0] < _EXCEPTION or reply[1] != _ILLEGAL_ADDRESS:
+                break
+            reply = other.answer(pdu)
+        return reply
+
+    def _answer(self, pdu: bytes) -> bytes:
         now_ms = self.simulator._now_ms()  # noqa: SLF001 # the device is a part of its simulator
         self.plant.advance(now_ms)
         failsafe = self.map.failsafe
@@ -337,13 +369,15 @@ class _Device:
         fc = pdu[0]
         if fc in (*_READ_BITS, *_READ_WORDS) and len(pdu) == 5:
             found = self._read(fc, int.from_bytes(pdu[1:3], "big"), int.from_bytes(pdu[3:5], "big"))
-            return bytes([fc | 0x80, found]) if isinstance(found, int) else bytes([fc, len(found)]) + found
+            return (
+                bytes([fc | _EXCEPTION, found]) if isinstance(found, int) else bytes([fc, len(found)]) + found
+            )
         asked = _asked_to_write(pdu)
         if asked is None:
             known = fc in (*_READ_BITS, *_READ_WORDS, 5, 6, 15, 16)
-            return bytes([fc | 0x80, _ILLEGAL_VALUE if known else _ILLEGAL_FUNCTION])
+            return bytes([fc | _EXCEPTION, _ILLEGAL_VALUE if known else _ILLEGAL_FUNCTION])
         refused = self._written(1 if fc in (5, 15) else 3, *asked, now_ms)
-        return bytes([fc | 0x80, refused]) if refused else pdu[:5]
+        return bytes([fc | _EXCEPTION, refused]) if refused else pdu[:5]
 
     def _read(self, fc: int, address: int, count: int) -> bytes | int:
         """The data of a reply, or the exception's code."""

@@ -9,7 +9,7 @@ from firmware_bridge.charger import BridgeError, MapError
 from firmware_bridge.device_map import load_map
 from firmware_bridge.modbus import Bus
 from firmware_bridge.probing import Search, is_evidence, known_maps, lines, longest_s, probe
-from firmware_bridge.simulator import Simulator, SimulatorConfig
+from firmware_bridge.simulator import AlsoDevice, Simulator, SimulatorConfig
 from firmware_bridge.simulator.rapi import RapiSimulator, RapiSimulatorConfig
 
 MAPS = ("simulated", "webasto_next", "obo_ion_epc2plus")
@@ -69,6 +69,20 @@ async def test_a_device_on_tcp_that_no_map_explains_is_still_told():
     assert known.fits[0].map == "simulated"
     assert known.at == simulator.wire.removeprefix("tcp://")
     assert "fits no map we have" in str(unknown)
+
+
+async def test_every_charging_point_of_a_station_is_told():
+    """Would catch a station whose second plug nobody finds, and one that is said to have twelve because its map could."""
+    name = "phoenix_charx_sec"
+    also = (AlsoDevice(f"{name}#2"), AlsoDevice(f"{name}#3"))
+    async with Simulator(SimulatorConfig(map=name, tcp="127.0.0.1:0", also=also)) as simulator:
+        (station,), _ = await found_on(simulator.wire, names=(name,))
+    async with Simulator(SimulatorConfig(map=name, tcp="127.0.0.1:0")) as simulator:
+        (single,), _ = await found_on(simulator.wire, names=(name,))
+    assert station.fits[0].connectors == (1, 2, 3)
+    assert str(station).endswith(f"{station.fits[0].percent} %, and {name}#2, {name}#3")
+    assert single.fits[0].connectors == (1,)
+    assert "#" not in str(single)
 
 
 async def test_an_openevse_is_told_and_silence_is_nobody(tmp_path, monkeypatch):

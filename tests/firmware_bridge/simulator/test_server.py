@@ -128,8 +128,8 @@ async def test_several_devices_share_a_wire_and_only_a_meter_shares_a_plant() ->
     )
     async with stranger(config) as (simulator, client):
         await client.write_registers(5004, [16], device_id=7)
-        await becomes(lambda: simulator.truths()[7].power_w >= 5_000)
-        assert simulator.truths()[255].power_w == 0
+        await becomes(lambda: simulator.truths()["7"].power_w >= 5_000)
+        assert simulator.truths()["255"].power_w == 0
         volts = await client.read_input_registers(0x00, count=2, device_id=8)
         assert as_float(volts.registers) == 231.0
         power = await client.read_input_registers(0x34, count=2, device_id=8)
@@ -138,6 +138,22 @@ async def test_several_devices_share_a_wire_and_only_a_meter_shares_a_plant() ->
         assert nobody.exception_code == NOBODY
     with pytest.raises(MapError, match="both have device id 255"):
         await Simulator(replace(config, also=(AlsoDevice("webasto_next"),))).__aenter__()
+
+
+async def test_a_station_answers_for_all_its_charging_points_under_one_id() -> None:
+    """Would catch a second plug that is refused as another device, or one that obeys what the first was told."""
+    also = (AlsoDevice("phoenix_charx_sec#2"),)
+    config = SimulatorConfig(map="phoenix_charx_sec", tcp="127.0.0.1:0", also=also)
+    async with stranger(config) as (simulator, client):
+        assert not (await client.write_registers(2301, [16], device_id=1)).isError()
+        offered = {name: truth.offered_ma for name, truth in simulator.truths().items()}
+        assert offered["1#2"] == 16_000 != offered["1"]
+        for address in (1250, 2250):
+            assert not (await client.read_holding_registers(address, count=4, device_id=1)).isError()
+        third = await client.read_holding_registers(3250, count=4, device_id=1)
+        assert third.exception_code == ILLEGAL_ADDRESS
+    with pytest.raises(MapError, match="both have device id 1"):
+        await Simulator(replace(config, also=also * 2)).__aenter__()
 
 
 async def test_over_tcp_0_and_255_mean_whoever_answers_and_on_a_gateway_0_means_everybody() -> None:
