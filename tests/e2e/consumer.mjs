@@ -4,7 +4,8 @@
 //
 // Settings: rpc, contract, keyFile, order {energyWh, startRate, biddingSeconds, tokenValiditySeconds}, and one of broker
 // (mqtt://...) and http (http://...). Optional: ownMeterFile (what our car measured, as {"delivered_mwh": n}), powerMaxW,
-// stopAtWh, scheme (eip712, or eip191 for a wallet without typed data, whose account then signs every receipt). Rules: it imports nothing of this repository, believes only signatures and the chain, and every wait ends.
+// stopAtWh (by a stop request, or with `concede` on chain), scheme (eip712, or eip191 for a wallet without typed data).
+// Rules: it imports nothing of this repository, believes only signatures and the chain, and every wait ends.
 
 import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -18,18 +19,18 @@ const say = (...words) => console.error(new Date().toISOString().slice(11, 23), 
 const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
 const lower = (address) => address.toLowerCase();
 const ownMwh = () => BigInt(JSON.parse(readFileSync(settings.ownMeterFile)).delivered_mwh);
-const ZERO = "0x" + "00".repeat(20);
+const ZERO = "0x" + "00".repeat(20), NONE = "0x" + "00".repeat(32);
 
 const STEP_WH = 10, TOLERANCE_PERMILLE = 50n, ALLOWANCE_WH = 25n; // their meter against ours: steps, losses, classes
 const RESEND_MS = 1_000, KNOCK_MS = 500, CHAIN_MS = 1_000, SILENCE_MS = 150_000, FINAL_MS = 30_000, AUCTION_MS = 180_000;
-const NOT_YET = new Set(["not_yet_seen", "unknown_session", "rate_limited", "busy"]);
-const SIGN_ANEW = new Set(["stale_hello", "replayed"]);
+const NOT_YET = ["not_yet_seen", "unknown_session", "rate_limited", "busy"], SIGN_ANEW = ["stale_hello", "replayed"];
 
 // ------------------------------------------------------------------------------------------------ the market
 
 const ABI = [
   "function startAuction(uint64 energyWh, uint64 biddingSeconds, uint128 startRate, uint64 tokenValiditySeconds, bytes32 terms) payable",
   "function connect(address provider, uint64 energyWh) returns (bytes32 token)",
+  "function endConnection(bytes32 token, uint64 deliveredWh, (bytes32 token, address sessionKey, uint64 maxEnergyWh, uint64 validUntil, bytes32 challenge, bytes grantSignature, bytes receiptSignature) ack)",
   "function auctions(address consumer) view returns ((bool live, uint64 auctionNonce, uint64 energyWh, uint128 startRate, uint128 rate, address provider, uint64 closingTime, uint64 connectBy, uint64 tokenValiditySeconds, uint256 deposit, uint256 bond, bool operatorBond))",
   "function balances(address account) view returns (uint256)",
   "function operatorOf(address account) view returns (address operator, uint128 bondLimit, uint128 bondLocked)",
@@ -138,9 +139,7 @@ class Visit {
   constructor(session) {
     this.isPersonal = settings.scheme === "eip191";
     this.sessionKey = this.isPersonal ? account : Wallet.createRandom();
-    Object.assign(this, { session, inbox: [], signedWh: 0, ackedWh: 0, seq: -1, doubts: [] });
-    this.used = new Set();
-    this.aliveAt = Date.now();
+    Object.assign(this, { session, inbox: [], signedWh: 0, ackedWh: 0, seq: -1, doubts: [], used: new Set(), aliveAt: Date.now() });
   }
 
   // Signed by the winner of our auction, or by its operator as the contract names it now; nobody else counts.
@@ -227,8 +226,8 @@ class Visit {
 
   on_refusal({ reason, detail }) {
     say("refused:", reason, detail);
-    if (SIGN_ANEW.has(reason)) this.presented = undefined; // the next Hello that comes is signed
-    else if (!this.accepted && !NOT_YET.has(reason)) throw new Error(`refused: ${reason}: ${detail}`);
+    if (SIGN_ANEW.includes(reason)) this.presented = undefined; // the next Hello that comes is signed
+    else if (!this.accepted && !NOT_YET.includes(reason)) throw new Error(`refused: ${reason}: ${detail}`);
   }
 
   // What time makes due: knock, repeat, stop, look at the chain. Ends with the settlement.
@@ -239,6 +238,7 @@ class Visit {
       await this.post(this.presented);
     } else if (settings.stopAtWh && this.signedWh >= settings.stopAtWh && !this.isOver && now - (this.stoppedAt ?? 0) >= RESEND_MS) {
       this.stoppedAt = now;
+      if (settings.concede) return void (await this.concede());
       const request = { sessionId: this.session.sessionId, at: await chainNow() };
       await this.post({ type: "stop", ...request, signature: signature(this.sessionKey, this.session.domain, "StopRequest", request) });
     } else if (this.signedWh > this.ackedWh && idle >= RESEND_MS) {
@@ -249,6 +249,13 @@ class Visit {
     this.lookedAt = now;
     const [ended] = await market.queryFilter(market.filters.ConnectionEnded(this.session.token), this.session.blockNumber);
     return ended;
+  }
+
+  // The end on chain, without the provider: what we signed for is owed, and the provider may show a higher receipt.
+  async concede() {
+    this.stoppedAt = Infinity;
+    await (await market.endConnection(this.session.token, this.signedWh, [NONE, ZERO, 0, 0, NONE, "0x", "0x"])).wait();
+    say("conceded", this.signedWh, "Wh");
   }
 
   async untilSettled(transport) {

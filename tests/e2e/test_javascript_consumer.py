@@ -149,3 +149,14 @@ def test_it_buys_over_http_by_personal_sign_and_stops_early(evening):
     flowed_mwh = charger.truth["delivered_mwh"] - before_mwh
     assert told["settledWh"] * 1000 <= flowed_mwh < (told["settledWh"] + 2) * 1000
     assert told["final"]["stopReason"] == "Remote"
+
+
+def test_it_concedes_on_chain_and_the_provider_answers(evening):
+    """Would catch an end on chain that only our own consumer can open, or that pays another amount than was signed."""
+    stage, charger, _ = evening
+    broker = f"mqtt://127.0.0.1:{stage.broker_port}"
+    bought = buy(stage, charger, "concede", LONG_ORDER_WH, broker=broker, stopAtWh=STOP_WH, concede=True)
+    told = judged(stage, bought, "mqtt, conceded on chain")
+    closing, _ = stage.logs(contract.ConnectionClosing)[-1]
+    assert STOP_WH <= closing.claimed_wh <= told["settledWh"] < LONG_ORDER_WH
+    assert told["final"]["stopReason"] == "Remote"
