@@ -578,6 +578,20 @@ def test_an_operator_bids_within_its_limit_and_settles(market):
     )
 
 
+def test_a_stolen_hot_key_ends_at_what_was_shown_and_no_lower(market, token):
+    """Would catch a thief of the car's key who takes more than unshown receipts: what lies on the chain is paid, the
+    bond comes home, and the key itself gets nothing.
+    """
+    market.send(market.provider, c.encode_set_operator(market.hot_key.address, ETHER))
+    market.send(market.stranger, c.encode_submit_receipt(token, 120, market.receipt(token, 120)))
+    assert market.send(market.hot_key, end(token, 0)).log(c.ConnectionEnded).delivered_wh == 120
+    assert market.ledger_wei(market.provider) == COST_WEI + cost_wei_floor(RATE, 120)
+    assert market.ledger_wei(market.hot_key) == 0
+    assert refused(market, market.provider, end(token, 130, market.receipt(token, 130))).startswith(
+        "NoSession"
+    ), "a receipt that comes after the end is void: show receipts that matter at once"
+
+
 @pytest.mark.parametrize("release", ["outbid by a rival", "owner bids itself", "cancelled"])
 def test_an_operators_limit_comes_back(market, release):
     """Would catch a limit that shrinks with every auction until the car can bid no more."""
