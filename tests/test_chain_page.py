@@ -75,6 +75,15 @@ def test_the_names_of_code_beside_a_file_stand_in_it():
         assert re.search(rf"^(?:class|def|async def) {name}\b", (ROOT / file).read_text(), re.MULTILINE), name
 
 
+def test_every_lie_is_called_as_the_log_calls_it():
+    """Would catch a search in the log for a word that is never said, and a lie that the page does not know."""
+    named = set(re.findall(r"`(chain\.[a-z_]+)`", PAGE.read_text()))
+    code = "".join(file.read_text() for file in ROOT.glob("agent/**/*.py"))
+    assert named <= set(re.findall(r'"(chain\.[a-z_]+)"', code))
+    said = set(re.findall(r"`(chain\.[a-z_]+)`", (ROOT / "agent/chain/failover.py").read_text()))
+    assert said - {"chain.failover"} <= named
+
+
 NUMBERS = dict(re.findall(r"^\| `(agent\.[\w.]+)` \| (\d+) \|", PAGE.read_text(), re.MULTILINE))
 
 
