@@ -441,9 +441,8 @@ GOALS = """## Goals
   write their words where the ABI wants them and never fill a struct with zeros before (290 bytes), a session's word
   that keeps an auction's fields where they lay, rules of one width read and checked by one loop, what proves a receipt
   also raising the claim (45), a field of the calldata read once, no argument the optimiser takes for a reason to copy
-  a function. Left for whoever needs them: the duplicate views `auctionNonce` and `isEV` (130 bytes), one routine that
-  encodes all refusals (about 250, but nobody would check its arguments), `renounceOwnership` (70). Other optimiser runs,
-  an ECDSA of our own and one check for open and ordered at once gained nothing.
+  a function. Left for whoever needs them: the duplicate views `auctionNonce` and `isEV` (130 bytes), `renounceOwnership`
+  (80). Other optimiser runs, an ECDSA of our own and one check for open and ordered at once gained nothing.
 * **endConnection today cannot be {paper}, for anybody.** Since London a cleared word gives back 4,800 at most: 21,000
   (the transaction) + 2,100 (read the session) + 2,900 (clear it) - 4,800 = 21,200 is more already, before calldata,
   before anybody is paid or told. {paper} is half of 42,272: the refund cap of the old rules.
