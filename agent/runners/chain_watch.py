@@ -84,6 +84,7 @@ class ChainWatch:
         ] = {}  # pending connects that are over already, and the head that showed it
         self._forgotten: dict[Place, None] = {}  # those that stayed so, oldest first
         self._looked: Header | None = None  # the newest head whose look went through
+        self._cursor_held = False  # the cursor is on the chain that ends at `_looked`
         self._unread: int | None = None  # where a catch-up that broke off goes on
 
     async def run(self) -> None:
@@ -145,7 +146,7 @@ class ChainWatch:
             raise self._distrust("chain.impossible_time", block=head.number, dated=head.timestamp_s)
         on_chain = await self._read(head)
         await self._believe(head)
-        self._note_scanned(on_chain)
+        self._note_scanned(head, on_chain)
         self._looked = head
         self._engine.observe(HeaderSeen(head.number, head.block_hash, head.timestamp_s))
 
@@ -161,10 +162,7 @@ class ChainWatch:
 
     async def _read(self, head: Header) -> bool:
         """Take every log up to the head, a page at a time. Returns whether the cursor is still (or may be) on the chain."""
-        book = self._engine.book
-        on_chain = book.scanned_number < 0 or (
-            await self._is_canonical(head, book.scanned_number, book.scanned_hash) is not False
-        )
+        on_chain = await self._is_cursor_on_chain(head)
         pages = self._node.log_pages(
             self._domain.contract,
             contract.provider_topics(self._provider),
@@ -173,12 +171,20 @@ class ChainWatch:
         )
         async for page in pages:
             for raw in page.logs:
-                await self._take(raw)
+                await self._take(head, raw)
                 if len(self._engine.book.pending) >= PENDING_MANY:
                     await self._believe_all_pending(head)
             self._unread = page.to_block + 1
         self._unread = None
         return on_chain
+
+    async def _is_cursor_on_chain(self, head: Header) -> bool:
+        """A head that follows the one of the last look is on the chain that the cursor was found on then."""
+        book, looked = self._engine.book, self._looked
+        follows = looked is not None and head.parent_hash == looked.block_hash
+        if book.scanned_number < 0 or (follows and self._cursor_held):
+            return True
+        return await self._is_canonical(head, book.scanned_number, book.scanned_hash) is not False
 
     def _first_block(self, head: Header, on_chain: bool) -> int:
         """Where to read from: a little before the cursor, or everything when the cursor is on a chain that is no more."""
@@ -188,11 +194,11 @@ class ChainWatch:
             return start
         return max(start, min(unread, head.number) - OVERLAP_BLOCKS)
 
-    async def _take(self, raw: RawLog) -> None:
+    async def _take(self, head: Header, raw: RawLog) -> None:
         entry = contract.decode_log(raw.address, raw.topics, raw.data)
         match entry:
             case contract.SessionOpened() if entry.provider == self._provider:
-                await self._take_opened(raw, entry)
+                await self._take_opened(head, raw, entry)
             case contract.ConnectionClosing() if entry.provider == self._provider:
                 session = self._session_with(entry.token)
                 if session is not None:
@@ -215,7 +221,7 @@ class ChainWatch:
                         )
                     )
 
-    async def _take_opened(self, raw: RawLog, entry: contract.SessionOpened) -> None:
+    async def _take_opened(self, head: Header, raw: RawLog, entry: contract.SessionOpened) -> None:
         known = self._engine.book.sessions.get(entry.session_id)
         pending = self._engine.book.pending.get(entry.session_id)
         if (known is not None and known.terms.block_hash == raw.block_hash) or (
@@ -224,8 +230,8 @@ class ChainWatch:
             return
         if (raw.block_hash, raw.log_index) in self._forgotten:
             return
-        block = await self._node.header(raw.block_number)
-        if block is None or block.block_hash != raw.block_hash:
+        block = await self._header_at(head, raw.block_number)
+        if block.block_hash != raw.block_hash:
             return  # reorged away between two questions: the next look finds what replaced it
         terms = Terms(
             session_id=entry.session_id,
@@ -281,16 +287,17 @@ class ChainWatch:
         """Is this block in the chain that ends at `head`? None: it is higher, so nobody can say."""
         if number > head.number:
             return None
-        if await self._hash_at(number) == block_hash:
+        if (await self._header_at(head, number)).block_hash == block_hash:
             return True
         await self._check_chain()  # so much follows only from a block of our own chain
-        return await self._hash_at(number) == block_hash
+        return (await self._header_at(head, number)).block_hash == block_hash
 
-    async def _hash_at(self, number: int) -> BlockHash:
-        header = await self._node.header(number)
+    async def _header_at(self, head: Header, number: int) -> Header:
+        """The block of this height in the chain that ends at `head`."""
+        header = head if number == head.number else await self._node.header(number)
         if header is None:
             raise Transient(f"the node has no block {number}, below its own newest")
-        return header.block_hash
+        return header
 
     async def _believe_all_pending(self, head: Header, final_number: int = -1) -> None:
         for terms in tuple(self._engine.book.pending.values()):
@@ -393,16 +400,18 @@ class ChainWatch:
         elif receipt.block_number <= final_number:
             self._accept(ev.ConnectionEndedBelieved(self._engine.at_s, session.session_id, ended.block_hash))
 
-    def _note_scanned(self, on_chain: bool) -> None:
+    def _note_scanned(self, head: Header, on_chain: bool) -> None:
         """The cursor goes to the head of the look before, so that whatever this look read for the first time is read again.
         It becomes a row only now and then; it may lag, because every look reads on from it.
         """
         scanned, book = self._looked, self._engine.book
+        self._cursor_held = on_chain
         if scanned is None:
             return
         far = abs(scanned.number - book.scanned_number) >= SCAN_ROW_EVERY_BLOCKS
         if far or book.scanned_number < 0 or not on_chain:
             self._accept(ev.BlocksScanned(self._engine.at_s, scanned.number, scanned.block_hash))
+            self._cursor_held = head.parent_hash == scanned.block_hash
 
     def _accept(self, event: ev.Event) -> None:
         self._engine.accept(event)

@@ -77,7 +77,7 @@ MUTANTS = {
         Slip(
             WATCH + "ChainWatch.look",
             "    on_chain = await self._read(head)",
-            "    self._looked = head\n    self._note_scanned(on_chain=True)\n    on_chain = await self._read(head)",
+            "    self._looked = head\n    self._note_scanned(head, on_chain=True)\n    on_chain = await self._read(head)",
         ),
         Slip("agent.runners.chain_watch:OVERLAP_BLOCKS", "16", "-1"),
         Slip("agent.runners.chain_watch:SCAN_ROW_EVERY_BLOCKS", "64", "1"),
@@ -92,7 +92,7 @@ MUTANTS = {
     "orphans are not noticed": (
         Slip(
             WATCH + "ChainWatch._is_canonical",
-            "return await self._hash_at(number) == block_hash",
+            "return (await self._header_at(head, number)).block_hash == block_hash",
             "return True",
         ),
     ),
