@@ -130,7 +130,9 @@ async def evening(settings: EveningSettings, screen: Screen) -> EveningSummary:
             stage = await _set_stage(settings, screen, stack)
             thief = _thief(stage) if settings.thief else None
             if thief is not None:
-                screen.tell("[bold]the thief[/bold] owns the broker tonight: he reads, holds back, replays and forges")
+                screen.tell(
+                    "[bold]the thief[/bold] owns the broker tonight: he reads, holds back, replays and forges"
+                )
             before = await _fortunes(stage)
             bought, moments = await _trade(stage, thief)
             after = await _fortunes(stage)
