@@ -6,9 +6,12 @@ import os
 import sys
 from types import SimpleNamespace
 
+import fair as fair_trade
 import pytest
 
+from agent.cli.consumer import _Screen
 from agent.cli.own_car import answered, own_meter, question
+from agent.consumer.policy import SigningLimits
 
 
 def test_the_cars_own_counter_is_read_from_its_file(tmp_path):
@@ -85,3 +88,21 @@ async def test_the_end_of_the_typing_is_no_answer(keyboard):
                 await asyncio.sleep(0.01)
     assert not journey.confirmed.is_set()
     assert not journey.stop.is_set()
+
+
+async def test_a_whole_purchase_with_a_question_in_it(keyboard, tmp_path, monkeypatch):
+    """Would catch a question that is shown and an answer that nobody hears: on the chain, with the journey as it is shipped."""
+    monkeypatch.setattr(fair_trade, "QUICK", SigningLimits(step_wh=1_000))
+    async with fair_trade.Fair(tmp_path) as fair:
+        fair.told = screen = _Screen()
+        buying = fair.buys()
+        await fair.offers()
+        with answered(fair.journey, screen):
+            await fair.delivers(25)
+            fair.carrier.say(fair.script.reading(60))
+            await fair.until(lambda: screen.asking)
+            assert fair.script.acked_wh == 25
+            keyboard(b"\n")
+            await fair.until(lambda: fair.script.acked_wh == 60)
+        await fair.settles()
+        assert (await buying).energy_wh_settled == 60
