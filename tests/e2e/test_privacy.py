@@ -57,6 +57,7 @@ except PermissionError:
 if ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0:  # PTRACE_SEIZE: what gcore needs, without a stop
     print("attached")
 """
+IDLE = {"ports": {"left": {"reason": None}}}  # what a page says that does not answer
 SPOKEN_SEARCHED = 25  # of the first and of the last messages; each is looked for in thirty shapes
 
 pytestmark = pytest.mark.timeout(240)
@@ -295,7 +296,7 @@ def collected(stage, spy, agent, evening):
 
 def forged_receipt(stage, agent, evening):
     """Somebody else signs for the energy."""
-    session_id = bytes.fromhex(agent.session()["session_id"][2:])
+    session_id = bytes.fromhex(eventually(agent.session, 30, "the page answers")["session_id"][2:])
     forged = encode(ms.ReceiptMessage(session_id, agent.delivered_wh(), b"\xfa\x13" * 32 + b"\x1b"))
     _, answer = ask(stage, "receipt", forged)
     assert json.loads(answer)["type"] in ("refusal", "ack"), answer  # ack: the consumer was quicker
@@ -306,7 +307,7 @@ def fallen_silent(agent, charger):
     """The charger does not answer for a while: an error on the wire, and a reason on the page."""
     charger.signal(signal.SIGSTOP)
     try:
-        eventually(lambda: agent.status()["ports"]["left"]["reason"], 30, "the silence is noticed")
+        eventually(lambda: (agent.status() or IDLE)["ports"]["left"]["reason"], 30, "the silence is noticed")
     finally:
         charger.signal(signal.SIGCONT)
 
