@@ -24,6 +24,7 @@ import click
 
 from agent.chain import contract
 from agent.chain.contract import AuctionState, MarketParameters
+from agent.cli.hello import hello
 from agent.cli.ledger import ledger_commands
 from agent.cli.market import Access, Market, market_options, open_market, receipt_facts, receipt_json
 from agent.cli.output import ADDRESS, WEI, at, duration, echo, ether, facts, json_option, table
@@ -56,7 +57,7 @@ def provider() -> None:
     """The owner who sells: run the agent, bid, look at sessions."""
 
 
-for _command in (*ledger_commands("provider"), watch):
+for _command in (*ledger_commands("provider"), watch, hello):
     provider.add_command(_command)
 
 

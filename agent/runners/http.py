@@ -1,5 +1,6 @@
 """One local web server: the door's messages for phones at the plug, and the owner's status (PROTOCOL section 6).
 
+    GET  /                             the page for the screen at the plug: every port's current Hello as a QR code
     GET  /v1/hello                     every port's current Hello, a JSON array (empty until we know the time)
     POST /v1/present|receipt|stop      one message in (at most 4 KiB), one message out; header X-V2V-Sref
     GET  /v1/session/{sref}            server-sent events: everything current, then what changes; `event:` is the type
@@ -30,6 +31,7 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from html import escape
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -84,6 +86,10 @@ STATUS_OF_OTHER_REASONS = (
     409  # stale_hello, replayed, busy, over_order, ahead_of_meter, ...: try again, but otherwise
 )
 
+PAGE = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="10">'
+    "<title>Scan to charge</title><h1>Scan to charge</h1>{body}</html>"
+)
 SREF = re.compile(r"[A-Za-z0-9_-]{22,64}")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -104,6 +110,8 @@ class HttpRunner:
         self._strangers: dict[web.RequestHandler, float] = {}  # connected, no request yet; since when
         self._streams: Counter[str] = Counter()
         self._turnstile = _Turnstile()
+        self._codes: dict[str, tuple[bytes, str]] = {}  # of each port: the Hello and its code
+        self._drawing = asyncio.Lock()
         self._news: tuple[float, tuple[tuple[str, Message], ...]] = (float("-inf"), ())
         self._bug: asyncio.Future[NoReturn] | None = None
         self.listening = asyncio.Event()
@@ -168,6 +176,7 @@ class HttpRunner:
         app.on_response_prepare.append(_with_headers)
         app.add_routes(
             [
+                web.get("/", self._page),
                 web.get("/v1/hello", self._hello),
                 web.post("/v1/{kind:present|receipt|stop}", self._ask),
                 web.get("/v1/session/{sref}", self._stream),
@@ -195,6 +204,22 @@ class HttpRunner:
             known = self._engine.live.header is not None  # else we do not know until when a Hello is good
             hellos = [encode(self._door.hello(port)) for port in self._door.ports] if known else []
         return web.Response(body=b"[" + b",".join(hellos) + b"]", content_type="application/json")
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        known = self._engine.live.header is not None
+        parts = [f"<h2>{escape(port)}</h2>{await self._code(port)}" for port in self._door.ports if known]
+        body = "".join(parts) or "<p>One moment: this car does not know the time yet.</p>"
+        return web.Response(text=PAGE.replace("{body}", body), content_type="text/html", charset="utf-8")
+
+    async def _code(self, port: str) -> str:
+        """The current Hello as a picture. Drawn once, beside the loop: it takes as long as thirty requests."""
+        async with self._drawing:
+            with self._no_bugs():
+                data = encode(self._door.hello(port))
+            drawn = self._codes.get(port)
+            if drawn is None or drawn[0] != data:
+                drawn = self._codes[port] = data, await asyncio.to_thread(_qr_code, data)
+            return drawn[1]
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
         sref = request.headers.get("X-V2V-Sref", "")
@@ -368,6 +393,13 @@ def _is_our_name(host_header: str, listen_host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _qr_code(data: bytes) -> str:
+    """These bytes as an SVG that stands in a page."""
+    import segno  # half of this module's memory, for a page that few look at
+
+    return str(segno.make(data.decode(), error="l", micro=False, boost_error=False).svg_inline(scale=5))
 
 
 def _answer(message: Message, status: int | None = None) -> web.Response:
