@@ -347,7 +347,7 @@ def _paced_row(baud: int, words: int, figures: Sequence[Figures]) -> Row:
 @contextmanager
 def _undisturbed() -> Iterator[bool]:
     """Nobody else runs while one of us wants to; False where we may not have that."""
-    before = os.sched_getscheduler(0)
+    before, its_param = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
     except OSError:
@@ -356,7 +356,7 @@ def _undisturbed() -> Iterator[bool]:
     try:
         yield True
     finally:
-        os.sched_setscheduler(0, before, os.sched_param(0))
+        os.sched_setscheduler(0, before, its_param)
 
 
 async def _beat_rows(
