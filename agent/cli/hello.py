@@ -38,7 +38,10 @@ EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where 
 @click.option("--port", default="", help="Only this charging port.")
 @json_option
 def hello(config_file: Path, port: str, *, as_json: bool) -> None:
-    """The code that a consumer scans at the plug, as it is now; it changes every half minute."""
+    """The code that a consumer scans at the plug, as it is now.
+
+    It changes every half minute, and when it was used.
+    """
     settings = load_agent(config_file, os.environ)
     names = {charger_id(one.name): one.name for one in settings.ports}
     shown = {names.get(one.charger_id, ""): one for one in current_hellos(settings)}
