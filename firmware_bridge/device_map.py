@@ -259,6 +259,10 @@ def load_map(name_or_path: str | Path) -> DeviceMap:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise MapError(f"{path}: cannot read the device map: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise MapError(
+            f"{path.name}: not text in UTF-8 (byte {exc.start}); this is not a device map"
+        ) from exc
     return parse_map(text, path.name, int(connector or 1))
 
 
@@ -276,6 +280,7 @@ def parse_map(text: str, file_name: str, connector: int = 1) -> DeviceMap:
         raise MapError(f"{file_name}: not valid TOML: {exc}") from exc
     problems = Problems(file_name, text, data)
     table = problems.shape()
+    _check_words(problems)
     if table is None:
         raise MapError(problems.message())
     compiler = _Compiler(table, problems)
@@ -288,6 +293,22 @@ def parse_map(text: str, file_name: str, connector: int = 1) -> DeviceMap:
     return replace(compiled, digest=hashlib.sha256(text.encode()).hexdigest())
 
 
+def _check_words(problems: Problems) -> None:
+    """Names of quantities and units, also of entries that have no shape: nobody should have to mend a file twice."""
+    for section, known in (("read", READS), ("command", COMMANDS)):
+        entries = problems.data.get(section)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if name not in known:
+                near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+                problems.add(
+                    (section, name), f"unknown quantity; nearest: {near[0] if near else ', '.join(known)}"
+                )
+            elif isinstance(entry, dict) and known[name] in UNITS and isinstance(entry.get("raw_unit"), str):
+                worth = amount(entry["raw_unit"], known[name])
+                if isinstance(worth, str):
+                    problems.add((section, name, "raw_unit"), worth)
+
+
 class _Compiler:
     """Turns a well-shaped table into a DeviceMap, collecting everything that makes no sense."""
 
@@ -298,13 +319,11 @@ class _Compiler:
     def compile(self, connector: int) -> DeviceMap:
         """The device, at this connector; half of one where `problems` has found something."""
         table = self.table
-        reads = {
-            name: self._read(name, entry) for name, entry in table.read.items() if self._known("read", name)
-        }
+        reads = {name: self._read(name, entry) for name, entry in table.read.items() if name in READS}
         commands = {
             name: self._write(("command", name), COMMANDS[name], entry)
             for name, entry in table.command.items()
-            if self._known("command", name)
+            if name in COMMANDS
         }
         self._check_kind()
         found = DeviceMap(
@@ -363,16 +382,6 @@ class _Compiler:
         if dimension not in UNITS:
             self.problems.add((*key, "exponent"), "only a quantity has an exponent")
         return Exponent(entry.exponent.address, entry.exponent.usual)
-
-    def _known(self, section: str, name: str) -> bool:
-        known = READS if section == "read" else COMMANDS
-        if name in known:
-            return True
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-        self.problems.add(
-            (section, name), f"unknown quantity; nearest: {near[0] if near else ', '.join(known)}"
-        )
-        return False
 
     def _wire(self) -> WireDefaults:
         wire = self.table.wire.model_dump(exclude={"kinds", "word_order", "read_fc", "write_fc"})

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from firmware_bridge.charger import MapError
-from firmware_bridge.device_map import MAPS, parse_map
+from firmware_bridge.device_map import MAPS, load_map, parse_map
 from firmware_bridge.map_file import Problems
 
 GOOD = (MAPS / "webasto_next.toml").read_text(encoding="utf-8")
@@ -92,6 +92,24 @@ def test_a_mistake_is_not_blamed_for_what_follows_from_it():
     said = told(GOOD[:at] + GOOD[at:].replace('"u16"', '"u15"', 1))
     assert len(said) == 1
     assert "read.pilot_state.type = 'u15'" in said[0]
+
+
+def test_names_and_units_are_told_also_where_nothing_has_a_shape():
+    """Would catch a file that is mended, tried, and found to have the next mistake: in the same entry, or for want of a maker."""
+    text = GOOD.replace("maker = ", "makr = ", 1).replace('type = "u32"', 'type = "u33"', 1)
+    text = text.replace('raw_unit = "1 Wh"', 'raw_unit = "1 Whh"', 1).replace(
+        "[read.fault]", "[read.falt]", 1
+    )
+    said = "\n".join(told(text))
+    for part in ("nearest valid key: maker", "'u33'", "'Whh' is no unit of energy", "nearest: fault"):
+        assert part in said
+
+
+def test_a_file_that_is_no_text_is_told_so(tmp_path):
+    """Would catch a traceback for a picture given as a map."""
+    (tmp_path / "picture.toml").write_bytes(b"map_version = 1\n\xb1\x00")
+    with pytest.raises(MapError, match=r"picture\.toml: not text in UTF-8"):
+        load_map(tmp_path / "picture.toml")
 
 
 def test_a_file_of_nothing_but_faults_still_ends():
