@@ -40,9 +40,9 @@ from agent.core.units import Address, BlockHash, TxHash, cost_wei_floor
 from agent.door import Door
 from agent.engine import Engine
 from bench import Row
-from bench.stop import SITES, Box, Site, look
+from bench.stop import SITES, Box, MeteredPlant, Site, look
 from firmware_bridge.charger import Limits, Reading
-from firmware_bridge.simulator.plant import Plant, PlantConfig
+from firmware_bridge.simulator.plant import PlantConfig
 from firmware_bridge.stopping import StopPlanner
 
 RUNS_MIN, RUNS_MAX = (
@@ -169,7 +169,7 @@ class Evening:
             force_open_ms=stop_ms(site) - 150,
             register_mwh_begin=chance.randrange(10**9, 2 * 10**9),
         )
-        self.plant = Plant(config)
+        self.plant = MeteredPlant(config)
         self.box = Box(self.plant, chance)
         self.has_lock = chance.random() < 0.5  # not every box can be stopped firmly
         self.fast_permille = chance.randint(1_020, 2_000) if behaviour == "reads high" else 1_000
