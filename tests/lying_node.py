@@ -56,6 +56,7 @@ class Faults:
     genesis: str = ""  # or the same id, from another beginning
     shuffles: bool = False  # logs in any order
     repeats: bool = False  # every log twice
+    cuts_every: int = 0  # a bad link: every so many questions for logs the connection ends
     forges: dict | None = None  # a log that never was
 
 
@@ -310,6 +311,9 @@ class LyingNode:
     def _drawn(self, method):
         """The next one-time fault, if there is one that fits."""
         self.calls[method] += 1
+        every = self.faults.cuts_every
+        if every and method == "eth_getLogs" and self.calls[method] % every == 0:
+            return "cut"
         for fault in ONCE:
             if self.once[fault] and (fault != "omit" or method == "eth_getLogs"):
                 self.once[fault] -= 1
