@@ -64,11 +64,6 @@ REFUSALS: dict[str, tuple[Callable[[str], str], type[Exception], str]] = {
         Misconfigured,
         "set-operator",
     ),
-    "the owner's own key in the car": (
-        lambda text: text.replace("alice-operator.key", "alice.key"),
-        Misconfigured,
-        "the owner's own",
-    ),
     "charger away": (
         lambda text: text.replace('wire = "tcp://', 'wire = "tcp://127.0.0.1:1" #'),
         Transient,
@@ -132,6 +127,26 @@ async def test_a_stop_ends_every_runner_and_leaves_the_charger_held(tmp_path: Pa
         assert simulator.truth().offered_ma == 0
         names = {other.get_name() for other in asyncio.all_tasks()}
         assert not names & {"ChainWatch", "ChainSend", "ChargerRunner", "HttpRunner", "engine"}
+
+
+async def test_the_owners_own_key_in_the_car_works_and_is_warned_of(tmp_path: Path) -> None:
+    """Would catch a car of the paper, with its provider's own key, that does not start; and one that starts without a word."""
+    async with (
+        Devnet(accounts=setup.labels(("alice",), "carol")) as net,
+        Simulator(SimulatorConfig(tcp="127.0.0.1:0")) as simulator,
+    ):
+        file = await stage(tmp_path, net, simulator)
+        config = edited(file, lambda text: text.replace("alice-operator.key", "alice.key"))
+        with structlog.testing.capture_logs() as logs:
+            task = asyncio.create_task(daemon.run(config, {}))
+            async with asyncio.timeout(30):
+                while not simulator.truth().failsafe_armed:
+                    await asyncio.wait({task}, timeout=0.05)
+                    assert not task.done(), task.exception()
+                task.cancel()
+                await asyncio.wait({task})
+        warned = [entry for entry in logs if entry["event"] == "key.owner_in_car"]
+        assert [entry["log_level"] for entry in warned] == ["warning"]
 
 
 async def test_a_mistake_is_shown_before_a_glitch() -> None:
