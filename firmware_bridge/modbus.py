@@ -296,8 +296,17 @@ class _SerialTransport(SerialTransport):
 
     def write(self, data: Any) -> None:
         """Send; what the port does not take at once is sent when it does."""
-        super().write(data)
-        self.intern_write_ready()
+        taken = 0
+        if not self.intern_write_buffer:
+            try:
+                taken = os.write(self.sync_serial.fileno(), data)
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                self.close(exc=exc)
+                return
+        if taken < len(data):
+            super().write(data[taken:])
 
     def intern_read_ready(self) -> None:
         """Bytes came, or the port went away."""
@@ -507,11 +516,11 @@ class Bus:
             self._lengthened(request), transaction_id, echoes=self._echoes, at_once=at_once
         )
         self._listening = listening
-        listening.expire_in(self._request_timeout_s)
         try:
             self._client.ctx.send(listening.question)
         except (OSError, termios.error) as exc:
             listening.end(exc)
+        listening.expire_in(self._request_timeout_s)
         return listening
 
     async def _exchange(self, listening: _Listening) -> tuple[int, ...]:
