@@ -377,18 +377,19 @@ def _sref(settings: ConsumerConfig, journal: ConsumerJournal) -> str:
 
 
 def _carrier(settings: ConsumerConfig, wishes: Wishes, sref: str) -> Carrier:
-    from agent.consumer.carrier_http import HttpCarrier
+    from agent.consumer.carrier_both import BothCarrier
+    from agent.consumer.carrier_http import SREF_FORM, HttpCarrier
     from agent.consumer.carrier_mqtt import Broker, MqttCarrier
     from agent.keys import load_password, tls_context
 
-    url = wishes.provider_http or (settings.http.url if settings.http and settings.mqtt is None else "")
-    if url:
+    mqtt, url = settings.mqtt, wishes.provider_http or (settings.http.url if settings.http else "")
+    if wishes.provider_http or mqtt is None:
         return HttpCarrier(url, sref)
-    mqtt = settings.mqtt
-    assert mqtt is not None, "the settings have one of the two"
     password = load_password(mqtt.password_credential) if mqtt.password_credential else None
     tls = tls_context(mqtt.authority, mqtt.certificate, mqtt.certificate_key) if mqtt.tls else None
     broker = Broker(mqtt.host, mqtt.port, tls, mqtt.username, password, mqtt.keepalive_s)
+    if url and SREF_FORM.fullmatch(sref):  # a short name of a broker's is none at a web server
+        return BothCarrier([lambda: MqttCarrier(broker, sref), lambda: HttpCarrier(url, sref)])
     return MqttCarrier(broker, sref)
 
 

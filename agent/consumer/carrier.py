@@ -30,7 +30,9 @@ Kind = Literal["present", "receipt", "stop"]
 class Carrier(Protocol):
     """A way to one provider. Entered before use: entering proves that the way exists, or raises `Transient`."""
 
-    trouble: str  # why nothing moves just now; empty while all is well
+    @property
+    def trouble(self) -> str:
+        """Why nothing moves just now; empty while all is well."""
 
     async def __aenter__(self) -> Self:
         """Connect."""

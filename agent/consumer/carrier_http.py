@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ EVENTS_BACKOFF_S_MAX = 2.0  # the server knows our address only after our first 
 HELLO_BYTES_MAX = 32 * 1024  # eight ports with a Hello of 400 bytes each, and room for what else a page says
 HELLOS_MAX = 16
 SREF_HEADER = "X-V2V-Sref"
+SREF_FORM = re.compile(r"[A-Za-z0-9_-]{22,64}")  # what the other side takes as a return address
 
 
 class HttpCarrier:

@@ -8,7 +8,7 @@ import pytest
 from town import Town, v2v
 
 from agent.chain import contract
-from agent.cli.consumer import _interruptible, _Screen, progress_line
+from agent.cli.consumer import _carrier, _interruptible, _Screen, progress_line
 from agent.consumer.plug import Progress, Step
 
 SETTINGS = """\
@@ -219,3 +219,26 @@ def test_the_driver_is_asked_once(capsys):
     screen(Progress(Step.CHARGE, "DELIVERING"))
     assert not screen.asking
     assert capsys.readouterr().err.count("Is it your car that charges?") == 1
+
+
+@pytest.mark.parametrize(
+    ("ways", "sref", "kind"),
+    [
+        ("mqtt http", "ab" * 16, "BothCarrier"),
+        ("mqtt http", "carol", "MqttCarrier"),  # too short a name for a web server
+        ("mqtt", "ab" * 16, "MqttCarrier"),
+        ("http", "ab" * 16, "HttpCarrier"),
+        ("mqtt http typed", "ab" * 16, "HttpCarrier"),
+    ],
+)
+def test_both_ways_are_used_where_both_are_known(ways, sref, kind):
+    """Would catch a broker's death that ends an evening although the car's own web server is in the settings."""
+    mqtt = SimpleNamespace(
+        host="127.0.0.1", port=1883, tls=False, username=None, password_credential=None, keepalive_s=15
+    )
+    settings = SimpleNamespace(
+        mqtt=mqtt if "mqtt" in ways else None,
+        http=SimpleNamespace(url="http://127.0.0.1:1") if "http" in ways else None,
+    )
+    wishes = SimpleNamespace(provider_http="http://127.0.0.1:2" if "typed" in ways else "")
+    assert type(_carrier(settings, wishes, sref)).__name__ == kind
