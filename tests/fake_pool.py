@@ -10,6 +10,7 @@ checked-in ABI, receipts judged by the property-tested predicate. The pool's rul
 on both fees to replace it, refusals by the names of `agent.chain.node.SEND_REFUSALS`. Transactions are real signed bytes.
 """
 
+import asyncio
 from dataclasses import dataclass, replace
 
 from simulation.chain import Market, OpenSession, Revert, Rules, Slot, State, _decoded_call, _fits, _result
@@ -259,7 +260,8 @@ class FakeNode:
     def __init__(self, net, between=lambda name, when: None, lag=lambda: 0):  # noqa: ARG005
         self.net, self._between, self._lag = net, between, lag
 
-    def _ask(self, name, answer):
+    async def _ask(self, name, answer):
+        await asyncio.sleep(0)  # whoever else runs may go on here, as with a real node
         self._between(name, "before")
         behind = self._lag()
         found = answer(self.net.blocks[: len(self.net.blocks) - behind] if behind else self.net.blocks)
@@ -282,7 +284,7 @@ class FakeNode:
 
     async def head(self):
         """The newest."""
-        return self._ask("head", lambda blocks: blocks[-1].header)
+        return await self._ask("head", lambda blocks: blocks[-1].header)
 
     async def header(self, block):
         """By height or hash."""
@@ -294,7 +296,7 @@ class FakeNode:
                 return blocks[-1].header
             return blocks[block].header if block < len(blocks) else None
 
-        return self._ask("header", answer)
+        return await self._ask("header", answer)
 
     async def log_pages(self, address, topics, from_block, to_block):
         """One page."""
@@ -310,7 +312,7 @@ class FakeNode:
                 if _fits(log_topics, topics)
             )
 
-        yield LogPage(from_block, to_block, self._ask("logs", answer))
+        yield LogPage(from_block, to_block, await self._ask("logs", answer))
 
     async def logs_at(self, block_hash, address, topics):
         """Of one block."""
@@ -335,7 +337,7 @@ class FakeNode:
                     raise Transient("header not found")
             return self._view(block, data, from_ or ORGANISATION)
 
-        return self._ask("call", answer)
+        return await self._ask("call", answer)
 
     def _view(self, block, data, sender):
         name, arguments = _decoded_call(data)
@@ -349,7 +351,7 @@ class FakeNode:
 
     async def balance(self, address):
         """Wei."""
-        return self._ask("balance", lambda blocks: blocks[-1].state.coins.get(address, 0))
+        return await self._ask("balance", lambda blocks: blocks[-1].state.coins.get(address, 0))
 
     async def nonce(self, address, *, pending=False):
         """Mined; with `pending` also what waits in a row."""
@@ -358,11 +360,11 @@ class FakeNode:
             mined = blocks[-1].state.nonces.get(address, 0)
             return max(mined, self.net.next_nonce(address)) if pending else mined
 
-        return self._ask("nonce", answer)
+        return await self._ask("nonce", answer)
 
     async def fees(self):
         """Just now."""
-        return self._ask("fees", lambda blocks: FeeSuggestion(self.net.base_fee_wei, self.net.tip_wei))  # noqa: ARG005
+        return await self._ask("fees", lambda blocks: FeeSuggestion(self.net.base_fee_wei, self.net.tip_wei))  # noqa: ARG005
 
     async def estimate_gas(self, from_, to, data, value_wei=0):
         """By trying. Raises Reverted."""
@@ -371,7 +373,7 @@ class FakeNode:
             self._view(blocks[-1], data, from_)
             return GAS_USED
 
-        return self._ask("estimate_gas", answer)
+        return await self._ask("estimate_gas", answer)
 
     async def send_raw(self, raw_tx):
         """Into the pool. Raises Refused."""
@@ -380,7 +382,7 @@ class FakeNode:
             self.net.send(raw_tx)
             return tx_hash_of(raw_tx)
 
-        return self._ask("send_raw", answer)
+        return await self._ask("send_raw", answer)
 
     async def receipt(self, tx_hash):
         """None while it is in no block."""
@@ -394,7 +396,7 @@ class FakeNode:
                         return Receipt(tx_hash, mined.succeeded, *place, mined.gas_used, price, None, ())
             return None
 
-        return self._ask("receipt", answer)
+        return await self._ask("receipt", answer)
 
 
 def _session(session: OpenSession | None):

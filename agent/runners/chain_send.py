@@ -95,6 +95,8 @@ class ChainSend:
         for effect in self._engine.owed():
             if not isinstance(effect, SignSettlement | BroadcastSettlement | SignBid | BroadcastBid):
                 continue
+            if not self._is_owed(effect):
+                continue  # while those before it waited for the node
             try:
                 await self._do(effect)
             except Refused as refusal:
@@ -244,7 +246,7 @@ class ChainSend:
             if not receipt.succeeded:
                 await self._reverted(effect, receipt)
             return  # mined: the watcher tells the rest
-        if await self._is_signed_again(effect, self._engine.at_s - sent.since_s):
+        if not self._is_owed(effect) or await self._is_signed_again(effect, self._engine.at_s - sent.since_s):
             return
         try:
             await self._sender.broadcast(effect.raw_tx)
@@ -275,7 +277,6 @@ class ChainSend:
     async def _is_replaced(self, effect: BroadcastSettlement) -> bool:
         """Pay more. False when more is not worth it now: then the old bytes are said again, for a pool may have lost them."""
         session = self._engine.book.sessions[effect.session_id]
-        assert session.settlement is not None
         try:
             replaced = await self._sender.replacement(
                 SignedTx.from_raw(effect.raw_tx),
@@ -291,7 +292,7 @@ class ChainSend:
                 "settlement.replaced", session=short(effect.session_id), count=session.replacements + 1,
                 max_fee_per_gas_wei=replaced.max_fee_per_gas_wei,
             )  # fmt: skip
-            self._journal(effect.session_id, session.settlement.energy_wh_settled, replaced)
+            self._journal(effect.session_id, session.energy_wh_acked, replaced)
         return True
 
     async def _is_signed_anew(self, effect: BroadcastSettlement, nonce: int) -> bool:
@@ -303,6 +304,8 @@ class ChainSend:
 
     async def _not_taken(self, effect: BroadcastSettlement, sent: _Sent, refusal: Refused) -> None:
         """The node's no. Raises it where nothing can be done but to ask again."""
+        if not self._is_owed(effect):
+            return
         session = self._engine.book.sessions[effect.session_id]
         if refusal.reason == "nonce_too_low":
             await self._nonce_taken(effect, sent)

@@ -1,24 +1,32 @@
-"""The owner bids through the running daemon: no key is typed, the operator's signs inside, and `kill -9` makes no second bid."""
+"""The owner bids through the running daemon: no key is typed, the operator's signs inside, `kill -9` makes no second bid. Then
+the session is settled when its price is right.
+"""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from stage import ASK_S, RATE_WEI_PER_KWH, Stage, eventually, surroundings
+from stage import ANVIL, ASK_S, RATE_WEI_PER_KWH, Stage, eventually, surroundings
 
 from agent.chain import contract
 from agent.consumer.journey import Order
 from agent.core import events as ev
 from agent.core.units import cost_wei_ceil, hex0x
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.skipif(ANVIL is None, reason="anvil is not installed: ./run test contracts"),
+    pytest.mark.timeout(600),
+]
+ABSURD_WEI = 60 * 10**9  # per gas: a settlement would cost three times its stake
 BIDDING_S = 3_600  # the story decides when it is over, not the machine's speed
 ENERGY_WH, RATE = 40, RATE_WEI_PER_KWH * 8 // 10
 
 
-def test_the_owner_bids_through_the_running_agent(tmp_path):
-    """Would catch a bid that needs the owner's key on the road, one made twice by a crash, and a refusal without its name."""
+def test_the_owner_bids_through_the_running_agent_which_is_paid_when_fees_fall(tmp_path):
+    """Would catch a bid that needs the owner's key on the road, one made twice by a crash, a refusal without its name; and a
+    settlement that burns its stake in a rush, or waits without a word.
+    """
     with Stage(tmp_path, broker=False) as stage:
         charger = stage.charger()
         agent = stage.agent(charger).started()
@@ -65,3 +73,23 @@ def test_the_owner_bids_through_the_running_agent(tmp_path):
         starting.result(ASK_S)
         terms = stage.do(journey.connect())
         assert terms.provider == stage.provider.owner.address
+
+        plugged = stage.at_the_plug(journey, http=True)
+
+        def waits():
+            stage.net.ask("anvil_setNextBlockBaseFeePerGas", hex(ABSURD_WEI))
+            settling = agent.session().get("settling")
+            return settling is not None and settling["state"] == "waiting"
+
+        eventually(waits, 240, "the settlement waits for lower fees")
+        _, out, _ = typed("status")
+        (row,) = json.loads(out)["sessions"]
+        assert row["settling"]["reason"] == "fee_cap"
+        assert not agent.has_row(ev.SettlementSigned)
+        assert '"settlement.deferred"' in agent.said
+        # Fees fall by an eighth a block, as on every chain after a rush.
+        eventually(lambda: agent.session().get("stage") == "SETTLED", 120, "fees have fallen, it is settled")
+        plugged.result(ASK_S)
+        (ended,) = stage.logs(contract.ConnectionEnded)
+        paid = stage.do(stage.node.receipt(ended[1]))
+        assert paid.fee_wei <= (ended[0].fee_wei + bond_wei) * 3 // 4

@@ -12,7 +12,6 @@ import logging
 import random
 import shutil
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +85,7 @@ class Storm:
 
         return cls(
             node_fails=some(50, 1, 25), node_lags=some(40, 5, 50), forgets=some(40, 10, 70), full=some(25, 5, 40),
-            miner_waits=some(40, 10, 80), cuts=some(70, 1, 8), reorgs=some(35, 2, 15), strangers=some(20, 2, 10),
+            miner_waits=some(40, 10, 80), cuts=some(85, 3, 15), reorgs=some(35, 2, 15), strangers=some(20, 2, 10),
             closes=some(20, 1, 6), fees=some(50, 10, 60),
         )  # fmt: skip
 
@@ -162,13 +161,24 @@ class World:
         self.now_ms += self.block_s * 1000
         try:
             self.engine.observe(Beat())
-            with suppress(Transient):
-                await self.watch.look()
-            for _ in range(2):
-                with suppress(Transient):
-                    await self.sends.do_owed()
+            await self._at_once(self.watch.look(), self.sends.do_owed())
+            await self._at_once(self.sends.do_owed())
         except PowerCut:
             self.boot()
+
+    async def _at_once(self, *works):
+        """Runners of one life: each goes on wherever another waits for the node; a power cut ends them all."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            errors = [error for task in done if (error := task.exception()) is not None]
+            broken = [error for error in errors if not isinstance(error, Transient)]
+            if broken:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
+                raise broken[0]
 
     def _weather(self):
         storm, net = self.storm, self.net

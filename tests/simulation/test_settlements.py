@@ -24,7 +24,7 @@ def test_exactly_one_settlement_a_session(request, capsys):
             f"\n{runs} runs (seeds 0 to {runs - 1}): {sessions} sessions, {lives} lives, {signatures} signatures, "
             f"{failed} failed in vain, {by_consumer} ended by their consumer\n"
         )
-    assert lives > runs, "the power must fail"
+    assert lives > 1.5 * runs, "the power must fail"
     assert signatures > sessions, "something must be replaced"
 
 

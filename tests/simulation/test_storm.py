@@ -12,6 +12,7 @@ ONCE_RED = {
     630: "the checker's mistake: while no blocks come, what was deep in the newest one stays deep",
     2_001_296: "a process that stood still in the middle of a stop took that for waiting, and ended by an old register",
     2_002_015: "a reorganisation lost a transaction, and the settlement behind its nonce waited until a stranger settled",
+    3_000_037: "a reorganisation took the session while the sender asked the node about its settlement, and the sender crashed",
     2_000_004: "the checker's mistake: re-mined before its `connect`, a settlement fails, and is rightly sent again",
 }
 
