@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from agent.config import (
     agent_schema,
     load_agent,
     load_consumer,
+    socket_found,
+    socket_path,
 )
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -123,6 +126,23 @@ def test_credit_follows_the_power_but_is_never_below_fifty_wh(power_w, credit_wh
 def test_a_configured_credit_stands():
     """Would catch a credit of the owner's overruled by the default."""
     assert ProviderPolicyConfig(max_unacked_wh=7).max_unacked_wh_at(22_000) == 7
+
+
+def test_the_socket_is_where_systemd_says_else_beside_the_journal(tmp_path):
+    """Would catch an agent and a command line that look for each other in different places."""
+    config = load_agent(uncommented(CONFIG / "agent.toml", tmp_path), {})
+    beside = config.journal.path.with_name("agent.sock")
+    assert socket_path(config, {}) == beside
+    assert socket_path(config, {"RUNTIME_DIRECTORY": "/run/v2v-agent:/run/other"}) == Path(
+        "/run/v2v-agent/agent.sock"
+    )
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text("no socket")
+    assert socket_found(config, {}) != beside
+    beside.unlink()
+    with socket.socket(socket.AF_UNIX) as here:
+        here.bind(str(beside))
+        assert socket_found(config, {}) == beside
 
 
 def test_addresses_are_taken_apart():
