@@ -23,7 +23,7 @@ BIDDING_S = 3_600  # the story decides when it is over, not the machine's speed
 ENERGY_WH, RATE = 40, RATE_WEI_PER_KWH * 8 // 10
 
 
-def test_the_owner_bids_through_the_running_agent_which_is_paid_when_fees_fall(tmp_path):
+def test_the_owner_bids_through_the_running_agent(tmp_path):
     """Would catch a bid that needs the owner's key on the road, one made twice by a crash, a refusal without its name; and a
     settlement that burns its stake in a rush, or waits without a word.
     """
