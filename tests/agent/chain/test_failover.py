@@ -6,7 +6,7 @@ import pytest
 from bazaar import Bazaar
 from tcp_proxy import TcpProxy
 
-from agent.chain.failover import STANDSTILL_S, Endpoint, FailoverNode
+from agent.chain.failover import OLD_HEAD_BLOCKS, STANDSTILL_S, Endpoint, FailoverNode
 from agent.chain.node import Header, LogPage, RawLog, Web3Node
 from agent.chain.rpc import Limits
 from agent.core import events as ev
@@ -207,6 +207,38 @@ async def test_a_node_that_stands_still_is_left_for_one_that_moves():
     for _ in range(5):
         assert (await scene.node.head()).number == 105
     assert len(scene.first.asked) <= asked + 3
+
+
+async def test_a_head_that_falls_far_back_is_named_once_and_left():
+    """Would catch an old head served as new, believed or only wondered at; and a line in the log with every look at it."""
+    scene = Scene(second=FakeNode(height=101))
+    await scene.node.head()
+    scene.first.height = 100 - OLD_HEAD_BLOCKS  # a backend that is a little behind is no liar
+    await scene.node.head()
+    assert not scene.told
+    scene.first.height -= 1
+    assert (await scene.node.head()).number == 101
+    scene.second.height = 50
+    for _ in range(3):
+        await scene.node.head()
+    named = [facts["node"] for event, facts in scene.told if event == "chain.old_head"]
+    assert named == ["first", "second"]
+
+
+async def test_whoever_is_distrusted_is_named_and_left():
+    """Would catch a lie that only the watcher can see and that leads nowhere; alone, it is told all the same."""
+    scene = Scene()
+    scene.node.distrust("chain.hidden_close", block=7)
+    assert scene.told[0] == ("chain.hidden_close", {"node": "first", "block": 7})
+    await scene.node.head()
+    assert "head" in scene.second.asked
+    told = []
+    alone = FailoverNode(
+        [Endpoint("only", FakeNode())], CHAIN_ID, lambda: 0.0, lambda event, **_: told.append(event)
+    )
+    alone.distrust("chain.forged_log")
+    assert told == ["chain.forged_log"]
+    assert (await alone.head()).number == 100
 
 
 async def test_a_named_refusal_is_an_answer():

@@ -11,7 +11,7 @@ from tcp_proxy import TcpProxy
 from toy_contract import REVERTING, RUNTIME, TOPIC, deploy, sender_for
 
 from agent.chain.node import CatchUp, Header, RawLog, Reverted, Web3Node, check_deployment, tx_hash_of
-from agent.chain.rpc import Limits
+from agent.chain.rpc import Limits, Rationed
 from agent.demo.devnet import Devnet
 from agent.demo.eth_methods import ProviderLimits
 from agent.errors import Misconfigured, Refused, Transient
@@ -130,6 +130,25 @@ async def test_a_range_that_no_size_makes_acceptable_ends(net: Devnet) -> None:
         strict.mine(9)
         with pytest.raises(Transient, match="max block range"):
             await within(5, node.logs(b"\x01" * 20, [], 0, 9))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (429, "slow down"),
+        (-32005, "daily request count exceeded, request rate limited"),
+        (-32000, "Too Many Requests"),
+        (-32016, "over compute units per second capacity"),
+    ],
+)
+async def test_rationing_is_no_reason_for_smaller_ranges(code: int, words: str) -> None:
+    """Would catch a range halved down to single blocks because the provider counts requests: a thousand times as many of them."""
+    async with (
+        liar({"error": {"code": code, "message": words}}) as url,
+        Web3Node(url) as node,
+    ):
+        with pytest.raises(Rationed):
+            await within(5, node.logs(b"\x01" * 20, [], 0, 9_999))
 
 
 # ---- hints

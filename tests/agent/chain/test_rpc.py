@@ -12,11 +12,14 @@ from rpc_servers import HASTY, liar
 from tcp_proxy import TcpProxy
 
 from agent.chain.rpc import (
+    AnswerTooLarge,
     HttpWire,
     Limits,
     Malformed,
     RpcError,
+    SlowAnswer,
     parse,
+    rationed,
     read_data,
     read_quantity,
     result_of,
@@ -107,6 +110,24 @@ def test_an_address_of_another_kind_is_a_mistake_of_the_configuration(url: str) 
 def test_only_scheme_host_and_port_are_shown(url: str, expected: str) -> None:
     """Would catch a secret in any part of an address."""
     assert shown(url) == expected
+
+
+@pytest.mark.parametrize(("status", "kind"), [(504, SlowAnswer), (408, SlowAnswer), (413, AnswerTooLarge)])
+async def test_a_gateways_no_means_what_the_nodes_would(status: int, kind: type[Transient]) -> None:
+    """Would catch a range that is not made smaller because a proxy, not the node, said that it was too much."""
+    async with liar("<html>", status=status) as url:
+        wire = HttpWire(url, HASTY)
+        with pytest.raises(kind):
+            await wire.request("eth_getLogs", [])
+        await wire.close()
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds"), [("7", 7), (None, 0), ("-1", 0), ("soon", 0), ("9" * 30, 0), ("Wed, 21 Oct", 0)]
+)
+def test_patience_is_asked_for_in_seconds(after: str | None, seconds: int) -> None:
+    """Would catch a header of a stranger that makes us wait for ever, or not at all."""
+    assert rationed("http://node", "HTTP 429", after).after_s == seconds
 
 
 @pytest.mark.parametrize("answer", [7, None, [], {}, {"id": 1}])
