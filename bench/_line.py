@@ -42,13 +42,13 @@ class _Way:
     busy_until_s: float = 0.0
     due: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def take(self, baud: int, not_before_s: float) -> None:
-        """Put what the source says on the line."""
+    def take(self, baud: int, not_before_s: float, woke_s: float) -> None:
+        """Put what the source says on the line; it was said before `woke_s`."""
         data = os.read(self.source, 4096)
         if not baud:
             os.write(self.sink, data)
             return
-        at_s = max(self.busy_until_s, not_before_s, time.monotonic())
+        at_s = max(self.busy_until_s, not_before_s, woke_s)
         for byte in data:
             at_s += character_s(baud)
             self.due.append((at_s, byte))
@@ -71,9 +71,11 @@ def _carry(baud: int, lines: Sequence[tuple[_Way, _Way]]) -> None:
     while True:
         due_s = min((way.due[0][0] for way, _ in ways.values() if way.due), default=None)
         wait_s = None if due_s is None else max(0.0, due_s - time.monotonic() - spin_s)
-        for source in select.select(list(ways), [], [], wait_s)[0]:
+        heard = select.select(ways, [], [], wait_s)[0]
+        woke_s = time.monotonic()
+        for source in heard:
             way, other = ways[source]
-            way.take(baud, 0.0 if source in asked else other.busy_until_s + gap_s(baud))
+            way.take(baud, 0.0 if source in asked else other.busy_until_s + gap_s(baud), woke_s)
         if due_s is not None and due_s - time.monotonic() > spin_s:
             continue
         for way, _ in ways.values():
