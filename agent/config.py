@@ -510,9 +510,11 @@ SYSTEMD_RUNTIME = Path("/run/v2v-agent")  # config/v2v-agent.service: RuntimeDir
 
 
 def socket_path(config: AgentConfig, environ: Mapping[str, str]) -> Path:
-    """Where the running agent answers its owner: in the runtime directory systemd gave it, else beside its journal."""
+    """Where the running agent answers its owner: in the runtime directory systemd gave it, else beside its journal and named
+    after it, because several cars' journals may share a folder.
+    """
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-    return (Path(runtime) if runtime else config.journal.path.parent) / SOCKET_NAME
+    return Path(runtime) / SOCKET_NAME if runtime else config.journal.path.with_suffix(".sock")
 
 
 def socket_found(config: AgentConfig, environ: Mapping[str, str]) -> Path | None:

@@ -131,7 +131,7 @@ def test_a_configured_credit_stands():
 def test_the_socket_is_where_systemd_says_else_beside_the_journal(tmp_path):
     """Would catch an agent and a command line that look for each other in different places."""
     config = load_agent(uncommented(CONFIG / "agent.toml", tmp_path), {})
-    beside = config.journal.path.with_name("agent.sock")
+    beside = config.journal.path.with_suffix(".sock")
     assert socket_path(config, {}) == beside
     assert socket_path(config, {"RUNTIME_DIRECTORY": "/run/v2v-agent:/run/other"}) == Path(
         "/run/v2v-agent/agent.sock"
