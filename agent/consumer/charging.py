@@ -178,11 +178,17 @@ class Charging:
                 energy_wh_ordered=plug.terms.energy_wh_ordered,
                 energy_wh_signed=errand.energy_wh_signed,
                 reading_wh=reading.delivered_wh,
-                elapsed_ms=now_ms - self._presented_ms,
+                elapsed_ms=self._elapsed_ms(now_ms),
                 own_wh=self.own_wh(),
                 confirmed=plug.errand.is_confirmed,
             ),
         )
+
+    def _elapsed_ms(self, now_ms: int) -> int:
+        """Since we presented, by whichever clock says more: a phone that sleeps stops the monotonic one, and energy flows on."""
+        presented_at_s = self.plug.errand.presented_at_s
+        assert presented_at_s is not None
+        return max(now_ms - self._presented_ms, 1000 * (self.plug.journal.at_s - presented_at_s))
 
     async def _sign(self, energy_wh: int) -> None:
         plug = self.plug

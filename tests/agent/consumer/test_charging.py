@@ -272,6 +272,18 @@ async def test_after_a_crash_the_newest_receipt_goes_out_again(tmp_path):
     assert {decode(data).delivered_wh for data in story.provider.receipts} == {70}
 
 
+async def test_time_that_a_phone_slept_counts_for_what_can_have_flowed(tmp_path):
+    """Would catch a phone whose monotonic clock stood still while energy flowed: an honest provider would look impossibly fast,
+    for the rest of the session, and be stopped as a liar.
+    """
+    async with charging(tmp_path, limits=SigningLimits(pre_sign_wh=1_000)) as story:
+        story.read(180)  # 22 kW give that in half a minute
+        await eventually(lambda: story.plug.odd is not None)
+        assert story.plug.odd.reason == "faster_than_possible"
+        story.plug.journal._clock = lambda: NOW_S + 60.0
+        await eventually(lambda: story.provider.acked_wh == 180)
+
+
 async def test_time_before_a_restart_counts_for_what_can_have_flowed(tmp_path):
     """Would catch a restart that makes an honest provider look impossibly fast: 200 Wh after one minute."""
     async with charging(tmp_path, limits=SigningLimits(pre_sign_wh=1_000)) as story:
