@@ -101,6 +101,10 @@ class Master:
         _checked(self._lib.modbus_read_registers(self._context, address, count, self._words))
         return self._words[:count]
 
+    def write(self, address: int, value: int) -> None:
+        """One holding register; OSError when libmodbus has something against the acknowledgement."""
+        _checked(self._lib.modbus_write_register(self._context, address, value))
+
     def close(self) -> None:
         """Give the wire back."""
         self._lib.modbus_close(self._context)
