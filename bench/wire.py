@@ -204,7 +204,8 @@ async def _all(runs: int, folder: Path) -> list[Row]:
     for baud in BAUDS:
         async with _wire("rtu", baud, folder) as contestants:
             for words in (WORDS, WORDS_SHORT, WORDS_LONGEST) if baud == BAUDS[-1] else (WORDS,):
-                figures = await contest(contestants, max(2, runs // 10), 20, words)
+                reads = 5 if words == WORDS_LONGEST else 20
+                figures = await contest(contestants, max(2, runs // 10), reads, words)
                 found.append(_paced_row(baud, words, figures))
     for ports in PORTS_TCP:
         found += await _beat_rows("tcp", ports, folder, seconds=runs / 3)
