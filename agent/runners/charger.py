@@ -68,9 +68,8 @@ class ChargerRunner:
         self._failsafe_timeout_s = failsafe_timeout_s
         # Never faster than the device and its wire allow.
         self._beat_interval_ms = max(charger.limits.poll_interval_ms, beat_interval_ms or 0)
-        self._beat_turn = (
-            beat_turn  # which of how many ports: they beat one after the other, not all in one instant
-        )
+        # Which of how many ports: they beat one after the other, not all in one instant.
+        self._beat_turn = beat_turn
         self._meter, self._meter_signer, self._monotonic_ms = meter, meter_signer, monotonic_ms
         self._stop_model = stop_model
         self._planner = StopPlanner(charger.limits, stop_model)
