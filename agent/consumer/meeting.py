@@ -6,7 +6,7 @@ Rules
 * A presentation is journaled before it is sent, and repeated byte for byte: the provider knows a repeat by that. A new
   one, with a new Hello and a new nonce, is made only when the provider calls the Hello used or stale.
 * "Not yet" is waited out with growing pauses; every other no ends the meeting with the provider's own word, once it was the
-  answer to three knocks: a refusal is not signed, so a single one may be a liar's, or an old one said again.
+  answer to five knocks in a row: a refusal is not signed, so one may be a liar's, or an old one said again.
 
 May not know: transports, energy, the journey around it.
 """
@@ -38,7 +38,7 @@ REMEDIES = {
     "stale_hello": "the code was old; stay until the charger shows a new one, and run the same command again",
     "malformed": "consumer and provider run versions that do not understand each other; update the older one",
 }
-REFUSED_KNOCKS = 3
+REFUSED_KNOCKS = 5  # six seconds: a human waits that long to hear no, and a liar must keep it up
 SCAN_REMEDIES = REMEDIES | {
     "malformed": "scan the code that the charger shows now; the app opens no address and reads nothing but a charger's Hello",
     "stale_hello": "scan the code that the charger shows now; this one is a photograph, or older than two minutes",
@@ -63,8 +63,8 @@ class Meeting:
         default_factory=set
     )  # why Hellos were not believed; each said once, or a stranger fills the screen
     _used_nonces: set[bytes] = field(default_factory=set)
-    _knocks: int = 0
-    _refused_knocks: set[int] = field(default_factory=set)
+    _refused_knocks: int = 0  # in a row
+    _said_no: bool = False  # to the newest knock
 
     async def meet(self) -> Accept:
         """Present our token until it is accepted. Raises Refused with the provider's reason or ours, Transient when
@@ -90,7 +90,8 @@ class Meeting:
         presented = self.plug.errand.presented or self._sign(await self._fresh_hello())
         backoff = Backoff(self.plug.waits.knock_s, KNOCK_GROWTH * self.plug.waits.knock_s)
         while True:
-            self._knocks += 1
+            self._refused_knocks = self._refused_knocks + 1 if self._said_no else 0
+            self._said_no = False
             await self.plug.carrier.post("present", presented.message)
             answer = await self._answer(presented, backoff.next_s())
             if isinstance(answer, Accept):
@@ -264,9 +265,9 @@ class Meeting:
             self.plug.odd = Refused(refusal.reason, refusal.detail)
             self.plug.say(Step.PRESENT, f"the provider says: {refusal.reason.replace('_', ' ')}")
             return False
-        self._refused_knocks.add(self._knocks)
+        self._said_no = True
         self.plug.odd = Refused(refusal.reason, refusal.detail, remedy=REMEDIES.get(refusal.reason, ""))
-        if len(self._refused_knocks) >= REFUSED_KNOCKS:
+        if self._refused_knocks + 1 >= REFUSED_KNOCKS:
             raise self.plug.odd
         return False
 

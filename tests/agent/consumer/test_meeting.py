@@ -125,7 +125,7 @@ async def test_only_a_wrong_token_sends_us_back_to_the_chain(provider, carrier, 
 
 async def test_a_final_no_ends_the_meeting_with_the_providers_word(provider, carrier, tmp_path):
     """Would catch a consumer that knocks for ten minutes at a door that said no, or that hides why."""
-    provider.refusals.extend([Refusal("too_late", "less than 60 s are left")] * 3)
+    provider.refusals.extend([Refusal("too_late", "less than 60 s are left")] * 5)
     with pytest.raises(Refused, match="too_late: less than 60 s") as refused:
         await Meeting(plugged(tmp_path, carrier)).meet()
     assert "consumer end" in refused.value.remedy

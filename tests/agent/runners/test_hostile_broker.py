@@ -25,6 +25,7 @@ from agent.consumer.charging import Charging
 from agent.consumer.journal import ConsumerJournal, Matched, OrderPlaced
 from agent.consumer.meeting import Meeting
 from agent.consumer.plug import Plug as ConsumersPlug
+from agent.consumer.plug import TokenChanged
 from agent.consumer.policy import SigningLimits
 from agent.core import events as ev
 from agent.core import token as rules
@@ -32,6 +33,7 @@ from agent.core.effects import Deliver, SignMeterRecord, SignSettlement
 from agent.core.messages import Accept, AckMessage, Final, Hello, ReadingMessage, Refusal, Status, encode
 from agent.core.session import CLOSED, Stage
 from agent.core.units import BlockHash, TxHash, hex0x
+from agent.errors import Refused
 from agent.keys import ephemeral_signer
 from agent.runners import mqtt
 from agent.runners.http import HttpRunner
@@ -40,18 +42,18 @@ from agent.runners.mqtt import BrokerAddress, MqttRunner
 ORDER_WH, UNACKED_WH, TICK_WH, TICK_S = 200, 50, 2, 0.03
 HARM_S = 4.0  # for so long the broker harms; then it is honest, or the owner stops
 SEEDS, SEEDS_LONG = 6, 60
-PATIENT = replace(FAST, hello_s=60, meeting_s=120, silence_s=120, knock_s=0.1, resend_s=0.2)
+PATIENT = replace(FAST, hello_s=300, meeting_s=300, silence_s=300, quiet_s=2, knock_s=0.1, resend_s=0.2)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Time-outs of this machine, not of a mobile network."""
-    monkeypatch.setattr(mqtt, "PUBACK_WAIT_S", 0.5)
+    monkeypatch.setattr(mqtt, "PUBACK_WAIT_S", 1.5)
     monkeypatch.setattr(mqtt, "BACKOFF_S", (0.02, 0.3))
-    monkeypatch.setattr(carrier_mqtt, "CONNECT_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(carrier_mqtt, "PUBLISH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(carrier_mqtt, "CONNECT_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(carrier_mqtt, "PUBLISH_TIMEOUT_S", 1.5)
     monkeypatch.setattr(carrier_mqtt, "Backoff", functools.partial(Backoff, 0.02, 0.3))
 
 
@@ -61,12 +63,13 @@ class World:
     def __init__(self, folder, seed=0):
         folder.mkdir()
         self.car = Plug(folder)
-        policy = replace(self.car.engine.live.policy, final_receipt_wait_s=2)
+        # Short where we wait for nothing, long where a busy machine would end what the broker did not.
+        policy = replace(self.car.engine.live.policy, final_receipt_wait_s=2, receipt_timeout_s=600)
         self.car.engine.live = replace(self.car.engine.live, policy=policy)
         self.folder, self.terms = folder, self.car.plugged_in(order_wh=ORDER_WH)
         self.register_mwh = 5_000_000
         self.broker = HostileBroker(seed, self.inventions())
-        self.paid_wh = None
+        self.paid_wh, self.told_no = None, 0
         self.chain = PlayedChain(
             signers_now=frozenset({self.car.provider.address}), at_s=self.car.engine.live.at_s
         )
@@ -202,9 +205,14 @@ class World:
         return self.consumer
 
     async def buy(self, carrier):
-        """Meet and charge until the chain shows the end."""
+        """Meet and charge until the chain shows the end. Who is told no in a liar's words says the same command again."""
         side = self.consumers_side(carrier)
-        await Meeting(side).meet()
+        while True:
+            try:
+                await Meeting(side).meet()
+                break
+            except (Refused, TokenChanged):
+                self.told_no += 1
         return await Charging(side, asyncio.Event(), own_wh=lambda: self.delivered_wh).charge()
 
     @contextlib.asynccontextmanager
@@ -255,8 +263,8 @@ async def evening(folder, seed):
                     world.car.engine.stop_by_owner()
                 else:
                     world.broker.hostile = False
-                await eventually(lambda: world.session.stage in CLOSED or buying.done(), 120)
-                if world.consumer.errand.accepted is None:
+                await eventually(lambda: world.session.stage in CLOSED or buying.done(), 300)
+                if not buying.done() and world.consumer.errand.accepted is None:
                     buying.cancel()  # never met: the owner's stop came first, and nothing is owed
                     return await asyncio.gather(buying, return_exceptions=True)
                 return await buying
@@ -279,8 +287,13 @@ async def test_nothing_worse_than_a_pause(tmp_path, request):
             session = world.session
             assert session.stage is Stage.SETTLED, (world.folder.name, session.stage)
             assert world.paid_wh == session.energy_wh_acked
+            assert world.told_no < 10, "a liar's word is not believed at once"
             if int(world.folder.name) % 2 == 0:
-                assert world.paid_wh == ORDER_WH, "the harm ended, so the order is delivered and paid"
+                assert world.paid_wh == ORDER_WH, (
+                    world.folder.name,
+                    session.stop_reason,
+                    session.stop_detail,
+                )
             did = world.broker.did if did is None else did + world.broker.did
     assert len(did) >= 18, f"a broker that harms in {len(did)} ways only: {did}"
 
