@@ -91,6 +91,30 @@ async def test_between_an_answer_and_the_next_question_the_line_is_silent_for_3_
         assert closest_s >= max(0.00175, 3.5 * 11 / baud)
 
 
+async def test_a_port_that_takes_a_question_in_pieces_gets_all_of_it(monkeypatch):
+    """Would catch the rest of a question that is dropped when the port's buffer is full: the device then hears half a frame."""
+    async with FaultySlave("rtu") as slave:
+        bus = Bus(parse_wire(slave.wire), FAST)
+        await bus.open()
+        port, write = bus._client.ctx.transport.sync_serial.fd, os.write
+        pieces = []
+
+        def miserly(fd, data):
+            if fd != port:
+                return write(fd, data)
+            pieces.append(len(data))
+            if len(pieces) == 1:
+                raise BlockingIOError
+            return write(fd, data[:3])
+
+        monkeypatch.setattr(os, "write", miserly)
+        try:
+            assert await try_read(bus, 10, 2) == slave.holds(10, 2)
+        finally:
+            await bus.close()
+        assert pieces == [8, 8, 5, 2]
+
+
 @pytest.mark.parametrize("settings", ["parity=E", "baud=99999999999"])
 async def test_a_port_that_refuses_its_settings_is_given_back_at_once(settings):
     """Would catch a port that stays locked in our own process after a wrong parity, so that the right one finds it "held"."""
