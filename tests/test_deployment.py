@@ -14,7 +14,7 @@ from agent.config import SOCKET_NAME, SYSTEMD_RUNTIME, ProviderKeysConfig
 from agent.core import settling
 from agent.core.settling import Haste
 from agent.errors import EXIT_DONE, EXIT_MISCONFIGURED, EXIT_REFUSED, EXIT_UNREACHABLE
-from agent.runners import systemd
+from agent.runners import local, systemd
 
 CONFIG = Path(__file__).parents[1] / "config"
 PAGE = (CONFIG.parent / "docs/operating.md").read_text()
@@ -166,6 +166,21 @@ def test_the_page_tells_where_the_socket_is():
     """Would catch a command line that looks elsewhere than the unit lets the agent put it."""
     assert [str(SYSTEMD_RUNTIME.relative_to("/run"))] == setting("RuntimeDirectory")
     assert f"`{SYSTEMD_RUNTIME / SOCKET_NAME}`" in PAGE
+
+
+def test_the_page_tells_every_refusal_of_the_socket():
+    """Would catch a name that an owner meets and finds nowhere."""
+    source = Path(local.__file__).read_text()
+    names = set(re.findall(r'Refused\(\s*"([a-z_]+)"', source)) | {
+        "forgotten",
+        "expired",
+        "fee_cap",
+        "gas_reserve",
+    }
+    assert len(names) > 6
+    assert {name for name in names if f"`{name}`" not in PAGE} == set()
+    told = [int(number) for number in re.findall(r"more than (\d+) questions in a minute", PAGE)]
+    assert told == [local.ASKS_A_MINUTE]
 
 
 def allowed(user, action, topic):

@@ -139,7 +139,7 @@ class ChainSend:
     def _tell(self, key: bytes, event: str, state: TriedState, reason: str = "", **facts: str | int) -> None:
         """Into Live for the status, and into the log when it is news."""
         tried = Tried(state, reason)
-        if self._engine.live.tried.get(key) == tried:
+        if self._engine.live.tried.get(key) == tried or key not in self._open_keys():
             return
         self._engine.observe(TransactionTried(key, tried))
         what = "bid" if key in self._engine.book.bids else "session"
@@ -465,7 +465,7 @@ class ChainSend:
         left = settling.settlements_left(purse.balance_wei, purse.settlement_wei)
         owed = settling.settlements_owed(self._engine.book)
         if left <= owed:
-            log.warning("purse.low", operator=hex0x(self._sender.address), settlements_left=left, owed=owed)
+            log.warning("purse.low", operator=short(self._sender.address), settlements_left=left, owed=owed)
 
 
 def _settlement_of(session: Session) -> SignSettlement:
