@@ -109,6 +109,8 @@ async def _rapi(
     """Be an OpenEVSE; of the options above, those about the car, its counter and a meter count."""
     from dataclasses import replace
 
+    from firmware_bridge.counting import check_meter
+    from firmware_bridge.device_map import load_map
     from firmware_bridge.simulator.command import simulator_config
     from firmware_bridge.simulator.rapi import RapiSimulatorConfig, run_rapi_simulator, single_phase
 
@@ -118,6 +120,7 @@ async def _rapi(
     ).plant
     meter = None
     if given["meter_map"] is not None:
+        check_meter(load_map(given["meter_map"]))
         names = ("tcp", "pty", "rtu", "pins")
         meter = simulator_config(device_map=given["meter_map"], **{name: given[name] for name in names})
         meter = replace(meter, device_id=given["meter_device_id"])

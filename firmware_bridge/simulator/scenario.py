@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,12 +98,15 @@ def load_scenario(path: Path) -> tuple[Fault, ...]:
 
 def parse_scenario(text: str, file_name: str) -> tuple[Fault, ...]:
     """The same from text; `file_name` is for the messages."""
+    data: dict[str, Any] = {}
     try:
-        found = _File.model_validate(tomllib.loads(text))
+        data = tomllib.loads(text)
+        found = _File.model_validate(data)
     except tomllib.TOMLDecodeError as exc:
         raise MapError(f"{file_name}: not valid TOML: {exc}") from exc
     except ValidationError as exc:
         lines = [_said(error["loc"], error["type"], error["msg"]) for error in exc.errors()]
+        lines += _words_mistaken(data)
         raise MapError("\n".join(f"{file_name}: {line}" for line in lines)) from exc
     mistakes = [
         f"{file_name}: fault {number}: {mistake}"
@@ -113,6 +116,18 @@ def parse_scenario(text: str, file_name: str) -> tuple[Fault, ...]:
     if mistakes:
         raise MapError("\n".join(mistakes))
     return tuple(found.fault)
+
+
+def _words_mistaken(data: dict[str, Any]) -> list[str]:
+    """What is wrong with the words of a file that has no shape: nobody should have to mend it twice."""
+    entries = data.get("fault")
+    found = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else (), start=1):
+        if not isinstance(entry, dict):
+            continue
+        words = {key: entry[key] for key in ("wire", "plant") if isinstance(entry.get(key), str)}
+        found += [f"fault {number}: {mistake}" for mistake in Fault.model_construct(**words).mistakes()]
+    return found
 
 
 def _said(loc: tuple[int | str, ...], kind: str, message: str) -> str:

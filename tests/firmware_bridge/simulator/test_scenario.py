@@ -38,6 +38,14 @@ def test_every_mistake_of_a_file_is_told_with_the_nearest_word():
     ]
 
 
+def test_words_are_told_together_with_a_wrong_shape():
+    """Would catch a file that is mended, tried, and found to have the next mistake."""
+    with pytest.raises(MapError) as wrong:
+        parse_scenario("[[fault]]\nwire = 'lat'\nat_s = -1\n[[fault]]\nplant = 'contactor_stuk'\n", "x.toml")
+    for part in ("fault 1 at_s", "nearest: late", "nearest: contactor_stuck"):
+        assert part in str(wrong.value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
