@@ -323,6 +323,7 @@ async def _bid(
                 err=True,
             )
         if market.sender is None:
+            offer.gas.require()  # the agent would refuse it too, but it is us who can say how much is missing
             receipt, offer = await _bid_by_agent(market, access, account, offer)
         else:
             if offer.gas.payer != account or offer.gas.balance_wei > offer.missing_wei:

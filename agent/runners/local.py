@@ -47,7 +47,7 @@ ANSWER_S = (
     75.0  # what is not signed and sent by then is answered as it stands; asked again, it is the same bid
 )
 SIGN_WITHIN_S = 60  # chain time: a bid not signed by then is given up
-ASKS_A_MINUTE = 30  # of everybody together
+ASKS_A_MINUTE = 30  # of everybody together; those who may bid have a count of their own
 MODE = 0o660
 _PEERCRED = struct.Struct("3i")  # pid, uid, gid
 
@@ -60,7 +60,10 @@ class LocalRunner:
     def __init__(self, engine: Engine, path: Path) -> None:
         self._engine, self._path = engine, path
         self._talks: set[asyncio.Task[None]] = set()
-        self._asked_at_ms: list[int] = []
+        self._asked_at_ms: dict[bool, list[int]] = {
+            True: [],
+            False: [],
+        }  # by those who may bid, and by others
         self.listening = asyncio.Event()
 
     async def run(self) -> NoReturn:
@@ -107,7 +110,7 @@ class LocalRunner:
         assert talk is not None
         self._talks.add(talk)
         try:
-            answer = await self._answered(reader, _peer_uid(writer))
+            answer = await self._answered(reader, may_bid=_peer_uid(writer) in (0, os.geteuid()))
             writer.write(json.dumps(answer, sort_keys=True).encode() + b"\n")
             async with asyncio.timeout(SPEAK_S):
                 await writer.drain()
@@ -119,9 +122,11 @@ class LocalRunner:
             with suppress(OSError, TimeoutError):
                 await writer.wait_closed()
 
-    async def _answered(self, reader: asyncio.StreamReader, uid: int) -> dict[str, Any]:
+    async def _answered(self, reader: asyncio.StreamReader, *, may_bid: bool) -> dict[str, Any]:
         try:
-            if len(self._talks) > PEERS_MAX:
+            if len(self._talks) > (
+                2 * PEERS_MAX if may_bid else PEERS_MAX
+            ):  # others cannot keep the owner out
                 raise Refused("busy", "too many ask at once")
             try:
                 async with asyncio.timeout(SPEAK_S):
@@ -130,17 +135,17 @@ class LocalRunner:
                 raise Refused("malformed", f"a line has at most {LINE_BYTES_MAX} bytes") from error
             except TimeoutError as error:
                 raise Refused("malformed", f"no whole line within {SPEAK_S:g} s") from error
-            return await self._asked(line, uid)
+            return await self._asked(line, may_bid=may_bid)
         except Refused as no:
             remedy = str(no).partition("\n  ")[2]
             return {"refused": {"reason": no.reason, "detail": no.detail, "remedy": remedy}}
 
-    async def _asked(self, line: bytes, uid: int) -> dict[str, Any]:
-        self._count()
+    async def _asked(self, line: bytes, *, may_bid: bool) -> dict[str, Any]:
+        self._count(may_bid=may_bid)
         question = _question(line)
         if question["ask"] == "status":
             return {"status": views.status(self._engine.book, self._engine.live)}
-        if uid not in (0, os.geteuid()):
+        if not may_bid:
             raise Refused(
                 "not_yours",
                 "only the agent's own user and root may bid",
@@ -149,14 +154,15 @@ class LocalRunner:
         bid = self._decided(question)
         return {"bid": views.bid(await self._outcome(bid), self._engine.live)}
 
-    def _count(self) -> None:
+    def _count(self, *, may_bid: bool) -> None:
         now_ms = self._engine.live.now_ms
-        self._asked_at_ms = [at_ms for at_ms in self._asked_at_ms if now_ms - at_ms < 60_000]
-        if len(self._asked_at_ms) >= ASKS_A_MINUTE:
+        recent = [at_ms for at_ms in self._asked_at_ms[may_bid] if now_ms - at_ms < 60_000]
+        self._asked_at_ms[may_bid] = recent
+        if len(recent) >= ASKS_A_MINUTE:
             raise Refused(
                 "rate_limited", f"at most {ASKS_A_MINUTE} questions a minute", remedy="Wait a little."
             )
-        self._asked_at_ms.append(now_ms)
+        recent.append(now_ms)
 
     def _decided(self, question: dict[str, Any]) -> BidId:
         """Into the journal. Raises Refused when there is no view of the chain, or too much is under way."""
@@ -171,7 +177,8 @@ class LocalRunner:
             )
         at_s = engine.at_s
         engine.accept(ev.BidDecided(at_s, key, consumer, nonce, rate, at_s + SIGN_WITHIN_S))
-        if key not in engine.book.bids:
+        bid = engine.book.bids.get(key)
+        if bid is None or bid.error:
             raise Refused("busy", "other bids are still under way", remedy="Try again when they are mined.")
         return key
 

@@ -258,11 +258,14 @@ async def quiet(tmp_path):
     journal.close()
 
 
-async def test_questions_have_a_rate(quiet):
+async def test_questions_have_a_rate(quiet, monkeypatch):
     """Would catch a script gone wild that keeps the agent from its work."""
+    monkeypatch.setattr(local, "_peer_uid", lambda _writer: os.geteuid() + 1)
     answers = [await said(quiet._path, b'{"ask":"status"}\n') for _ in range(local.ASKS_A_MINUTE + 1)]
     assert all("status" in answer for answer in answers[:-1])
     assert answers[-1]["refused"]["reason"] == "rate_limited"
+    monkeypatch.undo()
+    assert "status" in await said(quiet._path, b'{"ask":"status"}\n'), "others cannot keep the owner out"
 
 
 async def test_who_says_nothing_holds_no_place(quiet, monkeypatch):
@@ -274,7 +277,7 @@ async def test_who_says_nothing_holds_no_place(quiet, monkeypatch):
 
 async def test_places_are_limited(quiet):
     """Would catch a file handle for every connection somebody cares to make."""
-    writers = [(await asyncio.open_unix_connection(str(quiet._path)))[1] for _ in range(local.PEERS_MAX)]
+    writers = [(await asyncio.open_unix_connection(str(quiet._path)))[1] for _ in range(2 * local.PEERS_MAX)]
     answer = await said(quiet._path, b'{"ask":"status"}\n')
     assert answer["refused"]["reason"] == "busy"
     for writer in writers:
