@@ -104,8 +104,10 @@ class _CalmProvider(WebSocketProvider):
             answer.set_result(message)
 
     def _end(self, reason: BaseException | str) -> None:
-        end = unreachable(str(self.endpoint_uri), reason)
-        if (
+        end: Transient = unreachable(str(self.endpoint_uri), reason)
+        if isinstance(reason, ValueError):
+            end = nonsense(str(self.endpoint_uri), "not JSON")
+        elif (
             isinstance(reason, ConnectionClosed)
             and reason.sent
             and reason.sent.code == CloseCode.MESSAGE_TOO_BIG

@@ -5,21 +5,22 @@ systematic sister of these stories is tests/agent/runners/test_chain_watch_fault
 """
 
 import asyncio
+import json
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 from bazaar import Bazaar
 from lying_node import LyingNode, UpstreamTruth
-from stage import ANVIL, Anvil, Program, free_port, note
+from stage import ANVIL, Anvil, Program, Stage, eventually, free_port, note
 from watched import QUICK, until
 
 from agent.chain import contract
 from agent.chain.failover import Endpoint, FailoverNode
 from agent.chain.node import Web3Node
 from agent.core import events as ev
-from agent.core.session import Stage
+from agent.core.session import Stage as Life
 from agent.demo import market as setup
 from agent.demo.devnet import address_from_key, derive_key
 from agent.errors import Transient
@@ -122,7 +123,7 @@ class Scene(Bazaar):
     async def believes(self, opened):
         """Deep enough, and matched under the token that it has now."""
         self.net.mine(CONFIRMATIONS)
-        await until(lambda: self.stage(opened) is Stage.MATCHED)
+        await until(lambda: self.stage(opened) is Life.MATCHED)
 
     async def reconnects(self, opened):
         """The same auction's `connect` once more, after a reorganisation dropped it: the same session."""
@@ -152,7 +153,7 @@ class Scene(Bazaar):
         assert {raw.block_hash for raw in raws} <= set(believed), "missed"
         assert set(believed.values()) == {1}, "repeated"
         for session in self.agent.book.sessions.values():
-            assert (session.terms.token in tokens) is (session.stage is not Stage.ORPHANED)
+            assert (session.terms.token in tokens) is (session.stage is not Life.ORPHANED)
         note(
             f"{self.folder.name}: {len(raws)} sessions, {len(believed)} times believed, {self.liar.calls.total()} requests"
         )
@@ -177,7 +178,7 @@ async def test_reorganisations_one_to_ten_deep(scene):
         scene.net.mine(1)
         if depth <= CONFIRMATIONS:
             continue  # the block of `connect` was below it
-        await until(lambda sid=opened: scene.stage(sid) is Stage.ORPHANED)
+        await until(lambda sid=opened: scene.stage(sid) is Life.ORPHANED)
         again = await scene.reconnects(opened)
         assert again.session_id == opened.session_id
         await scene.believes(again)
@@ -193,10 +194,10 @@ async def test_a_chain_that_is_set_back(scene):
     await scene.believes(lost)
     scene.net.anvil.ask("evm_revert", snapshot)
     scene.net.mine(20)
-    await until(lambda: scene.stage(lost) is Stage.ORPHANED)
+    await until(lambda: scene.stage(lost) is Life.ORPHANED)
     other = await scene.connects(energy_wh=300)  # the same auction number, another session word
     await scene.believes(other)
-    assert scene.stage(kept) is Stage.MATCHED
+    assert scene.stage(kept) is Life.MATCHED
     await scene.expect_exactly_once()
 
 
@@ -210,7 +211,7 @@ async def test_a_node_that_is_killed_and_comes_back(scene):
         await scene.node.head()  # the test's own connection has to notice, too
     after = await scene.connects()
     await scene.believes(after)
-    assert scene.stage(before) is scene.stage(unseen) is Stage.MATCHED
+    assert scene.stage(before) is scene.stage(unseen) is Life.MATCHED
     await scene.expect_exactly_once()
 
 
@@ -229,7 +230,7 @@ async def test_hours_away_from_a_provider_that_limits_and_lies(scene):
     once.update({"omit": 2, "-32005": 1, "internal": 1, "cut": 1, "timeout": 1})
     await scene.liar.restart()
     blocks = asyncio.create_task(blocks_come(scene))
-    await until(lambda: all(scene.stage(one) is Stage.MATCHED for one in opened), 120)
+    await until(lambda: all(scene.stage(one) is Life.MATCHED for one in opened), 120)
     blocks.cancel()
     await scene.expect_exactly_once()
 
@@ -239,6 +240,30 @@ async def blocks_come(scene):
     while True:
         scene.net.mine(1)
         await asyncio.sleep(1)
+
+
+def test_the_daemon_names_the_liar_and_goes_on_with_the_other(tmp_path):
+    """Would catch a lie that is known inside and that no owner ever reads: the log of the real daemon says who and what."""
+    with Stage(tmp_path, broker=False) as stage, ExitStack() as held:
+        liar = stage.enter(held, LyingNode(UpstreamTruth(stage.net.url_http)))
+        urls = json.dumps([liar.url_ws, stage.net.url_ws])
+        agent = stage.agent(stage.charger(), CHAIN__URLS=urls).started()
+        eventually(lambda: liar.calls["eth_getLogs"], 40, "the agent asks the preferred node")
+        stage.do(told_to(liar, "garbage"))
+        eventually(lambda: "chain.failover" in agent.events(), 40, "the agent leaves it")
+        lines = [json.loads(line) for line in agent.said.splitlines() if line.startswith("{")]
+        (lie, *_) = [line for line in lines if line["event"] == "chain.nonsense"]
+        assert lie["node"] == liar.url_ws
+        asked = liar.calls["eth_getLogs"]
+        block = int(stage.net.ask("eth_blockNumber"), 16)
+        eventually(lambda: int(stage.net.ask("eth_blockNumber"), 16) > block + 2, 40, "blocks come")
+        assert agent.is_running
+        assert liar.calls["eth_getLogs"] == asked
+
+
+async def told_to(liar, fault):
+    """From now on, always."""
+    liar.once[fault] = 10**6
 
 
 async def test_the_truth_is_away():

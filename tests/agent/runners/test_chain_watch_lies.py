@@ -153,9 +153,10 @@ async def test_another_chain_behind_the_same_address_is_named_and_left(tmp_path,
     ("fault", "lie"),
     [("huge", "chain.huge_answer"), ("loris", "chain.slow_answer"), ("garbage", "chain.nonsense")],
 )
-async def test_an_answer_that_is_none_is_named_and_asked_for_elsewhere(tmp_path, fault, lie):
+@pytest.mark.parametrize("ask_by", ["http", "ws"])
+async def test_an_answer_that_is_none_is_named_and_asked_for_elsewhere(tmp_path, fault, lie, ask_by):
     """Would catch memory that a node fills, a look that it holds for ever, and a fail-over that says nothing of why."""
-    async with Watched(tmp_path, NAMES) as story:
+    async with Watched(tmp_path, NAMES, ask_by=ask_by) as story:
         car = await charging(story, blocks=FINAL_DEPTH)
         story.nodes[0].once[fault] = 10**6
         assert await car.charges(2 * BLOCK_S) == 2 * BLOCK_S * WH_PER_S
