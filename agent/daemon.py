@@ -287,7 +287,19 @@ async def _check_market(node: Node, config: AgentConfig, signer: Signer) -> int:
             remedy="send it a little; a settlement takes under 100 000 gas",
         )
     parameters = contract.decode_parameters(await node.call(address, contract.encode_parameters()))
+    _check_challenge(parameters.challenge_s, config.chain.max_view_age_s)
     return parameters.grace_s
+
+
+def _check_challenge(challenge_s: int, max_view_age_s: int) -> None:
+    """A consumer's close must leave us time to answer with its last receipt."""
+    if challenge_s == 0:
+        raise Misconfigured(
+            "this market gives no time to answer a consumer's close: it could concede 0 Wh and be settled at once",
+            remedy="sell in a market whose challenge is longer: v2v organisation deploy --help",
+        )
+    if challenge_s < max_view_age_s:
+        log.warning("market.challenge_short", challenge_s=challenge_s, max_view_age_s=max_view_age_s)
 
 
 # ---- everything else

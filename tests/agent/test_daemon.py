@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,21 @@ async def test_a_stop_ends_every_runner_and_leaves_the_charger_held(tmp_path: Pa
         assert simulator.truth().offered_ma == 0
         names = {other.get_name() for other in asyncio.all_tasks()}
         assert not names & {"ChainWatch", "ChainSend", "ChargerRunner", "HttpRunner", "engine"}
+
+
+async def test_a_market_that_leaves_no_time_to_answer_a_close_is_not_sold_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a car that delivers where its consumer can concede 0 Wh and be settled in the same block."""
+    monkeypatch.setattr(setup, "SHORT_MARKET", replace(setup.SHORT_MARKET, challenge_s=0))
+    async with (
+        Devnet(accounts=setup.labels(("alice",), "carol")) as net,
+        Simulator(SimulatorConfig(tcp="127.0.0.1:0")) as simulator,
+    ):
+        config = load_agent(await stage(tmp_path, net, simulator), {})
+        with pytest.raises(Misconfigured, match="no time to answer"):
+            async with asyncio.timeout(30):
+                await daemon.run(config, {})
 
 
 async def test_the_owners_own_key_in_the_car_works_and_is_warned_of(tmp_path: Path) -> None:
