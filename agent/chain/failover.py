@@ -72,6 +72,12 @@ class FailoverNode:
         told: Told = lambda event, **facts: None,  # noqa: ARG005 - for logs
     ) -> None:
         assert any(endpoint.can_watch for endpoint in endpoints)
+        names = [endpoint.name for endpoint in endpoints]
+        for place, endpoint in enumerate(endpoints, 1):
+            if (
+                names.count(endpoint.name) > 1
+            ):  # two keys at one provider: what tells them apart is not for a log
+                endpoint.name += f" ({place})"
         self._endpoints, self._chain_id = list(endpoints), chain_id
         self._monotonic_s, self._told = monotonic_s, told
         self._watchable = [endpoint for endpoint in endpoints if endpoint.can_watch]

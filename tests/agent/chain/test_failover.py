@@ -241,6 +241,21 @@ async def test_whoever_is_distrusted_is_named_and_left():
     assert (await alone.head()).number == 100
 
 
+async def test_two_endpoints_of_one_provider_have_two_names():
+    """Would catch a log that names a liar, and leaves open which of two keys at the same host it is."""
+    first, second, told = FakeNode(), FakeNode(), []
+    ends = [
+        Endpoint("wss://host", first),
+        Endpoint("wss://host", second),
+        Endpoint("wss://other", FakeNode()),
+    ]
+    node = FailoverNode(ends, CHAIN_ID, lambda: 0.0, lambda _event, **facts: told.append(facts))
+    first.is_away = True
+    await node.head()
+    assert (told[0]["left"], told[0]["to"]) == ("wss://host (1)", "wss://host (2)")
+    assert ends[2].name == "wss://other"
+
+
 async def test_a_named_refusal_is_an_answer():
     """Would catch `nonce too low` shopped around until some node takes it."""
     scene = Scene()
