@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs" / "security.md").read_text()
 
 def test_every_test_it_names_exists():
     """Would catch a test that was renamed or deleted while the page still points at it."""
-    sources = [*(ROOT / "contracts" / "test").glob("*.sol"), *(ROOT / "tests" / "contracts").glob("*.py")]
+    sources = [*(ROOT / "contracts" / "test").glob("*.sol"), *(ROOT / "tests").rglob("test_*.py")]
     known = set(
         re.findall(
             r"(?:function|def) ((?:test|check_|invariant_)\w+)", "\n".join(p.read_text() for p in sources)
