@@ -26,6 +26,7 @@ from agent.core.units import hex0x
 from agent.errors import Misconfigured
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+RAPI_MAP = "openevse_rapi"  # firmware_bridge.rapi knows it too, and would load the wire's library to say so
 
 
 @click.group()
@@ -78,6 +79,12 @@ def _map_problems(port: PortConfig) -> Iterator[str]:
     from firmware_bridge.device_map import load_map
 
     named = [(port.map, "charger", f"[[ports]] {port.name}, map")]
+    if port.wire.startswith("rapi:"):
+        named = []  # an OpenEVSE has no map: the protocol is the driver's
+        if port.map != RAPI_MAP:
+            yield f'[[ports]] {port.name}, map: a rapi:// wire speaks to an OpenEVSE; write map = "{RAPI_MAP}"'
+        if port.meter is not None and port.meter.wire is None:
+            yield f"[[ports]] {port.name}, meter.wire: the charger's own wire carries no Modbus; give the meter's"
     if port.meter is not None:
         named.append((port.meter.map, "meter", f"[[ports]] {port.name}, meter.map"))
     for name, kind, where in named:

@@ -90,6 +90,22 @@ def test_a_device_map_that_nobody_has_is_found_before_the_start(written):
     assert "a meter belongs here" in said.err
 
 
+def test_an_openevse_needs_no_map_and_its_meter_a_wire(written):
+    """Would catch a right OpenEVSE that is said to have no device map, and a meter on a wire that carries no Modbus."""
+    box = [
+        ('map = "simulated"', 'map = "openevse_rapi"'),
+        ('"tcp://127.0.0.1:1502"', '"rapi:///dev/ttyUSB0"'),
+    ]
+    assert v2v("config", "check", written(*box)).exit_code == 0
+    meter = '[ports.meter]\nmap = "janitza_b2x"\n{}[journal]'
+    right = v2v("config", "check", written(*box, ("[journal]", meter.format('wire = "tcp://10.0.0.7"\n'))))
+    assert right.exit_code == 0
+    said = v2v("config", "check", written(*box[1:], ("[journal]", meter.format(""))))
+    assert said.exit_code == 78
+    assert 'write map = "openevse_rapi"' in said.err
+    assert "meter.wire: the charger's own wire carries no Modbus" in said.err
+
+
 def test_a_consumers_file_is_not_an_agents():
     """Would catch --consumer being ignored."""
     assert v2v("config", "check", str(ROOT / "config/consumer.toml")).exit_code == 78
