@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.stop import Box, Landing, Site, driven
+from bench.stop import Box, Landing, MeteredPlant, Site, driven
 from firmware_bridge.charger import Limits, Reading
-from firmware_bridge.simulator.plant import Plant, PlantConfig
+from firmware_bridge.simulator.plant import PlantConfig
 from firmware_bridge.stopping import Plan, StopModel, StopPlanner
 
 QUICK = StopModel(ev_lag_ms=1000, ramp_ma_per_s=30_000, command_latency_ms=100)
@@ -51,7 +51,7 @@ def deliver(
         phase_count=site.phase_count,
     )
     target_mwh = begin_mwh // step_mwh * step_mwh + order_mwh
-    return driven(box(Plant(config), chance), site, target_mwh, step_mwh, poll_ms, told)
+    return driven(box(MeteredPlant(config), chance), site, target_mwh, step_mwh, poll_ms, told)
 
 
 @pytest.mark.parametrize("step_mwh", [100, 1000])
