@@ -22,10 +22,11 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -459,7 +460,8 @@ def _parse_us(data: bytes) -> float:
 
 def rows(runs: int) -> list[Row]:
     """Beat, memory and honest consumers of each flood; then what each refusal costs."""
-    floor, (idle, *floods) = asyncio.run(measured(PHASE_S))
+    with redirect_stdout(sys.stderr):  # the house logs; rows go to where it would
+        floor, (idle, *floods) = asyncio.run(measured(PHASE_S))
     found = []
     for phase in floods:
         found += [_beat_row(phase, idle, floor), _memory_row(phase, idle), _honest_row(phase)]
