@@ -43,14 +43,14 @@ async def test_the_broker_pushes_garbage_to_the_car_and_to_nobody_else() -> None
     hello = floods.Hello(typed.provider, typed.charger_id, typed.nonce, typed.expires_at_s, bytes(65))
     root = f"v2v/1/{hex0x(terms.provider)}"
     async with (
-        _flood.FloodingBroker() as broker, asyncio.timeout(60), aiomqtt.Client("127.0.0.1", broker.port) as car,
+        _flood.FloodingBroker() as broker,
+        asyncio.timeout(60),
+        aiomqtt.Client("127.0.0.1", broker.port) as car,
         aiomqtt.Client("127.0.0.1", broker.port) as other,
     ):
         await car.subscribe(f"{root}/in/+", qos=1)
         await other.subscribe(f"{root}/out/+", qos=1)
-        await car.publish(
-            f"{root}/hello/{hex0x(typed.charger_id)}", floods.encode(hello), qos=1, retain=True
-        )
+        await car.publish(f"{root}/hello/{hex0x(typed.charger_id)}", floods.encode(hello), qos=1, retain=True)
         flooding = asyncio.create_task(broker.flood([(terms, "charging")], ever_new=False))
         heard = {bytes((await anext(car.messages)).payload)[:20] for _ in range(1_000)}
         flooding.cancel()
