@@ -28,7 +28,9 @@ from agent.core.units import cost_wei_ceil
 
 ORDER = Order(energy_wh=200, rate_wei_per_kwh_start=RATE, bidding_s=BIDDING_S, token_validity_s=3600)
 BID = RATE * 8 // 10
-QUICK = SigningLimits(step_wh=1_000, pre_sign_wh=1_000)  # a test's energy flows in no time, and its driver trusts
+QUICK = SigningLimits(
+    step_wh=1_000, pre_sign_wh=1_000
+)  # a test's energy flows in no time, and its driver trusts
 
 
 class LateCarrier(MemoryCarrier):
