@@ -6,9 +6,15 @@ in it.
 """
 
 import asyncio
+import logging
+import sys
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
+
+from agent.log import QUIET
 
 # A busy two-core machine stops for longer than any deadline; pytest-timeout catches what really hangs.
 settings.register_profile("quick", deadline=None, derandomize=True, print_blob=True)
@@ -18,6 +24,21 @@ settings.register_profile(
 
 
 LONG_TIMEOUT_S = 1_800  # two thousand examples instead of a handful
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Logging is the process's: a test that runs a daemon or its command must not give the next one a full standard output."""
+    root = logging.getLogger()
+    handlers, level, hook = root.handlers, root.level, sys.excepthook
+    yield
+    sys.excepthook = hook
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+    root.handlers = handlers
+    root.setLevel(level)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,21 +18,6 @@ SIGNATURE = "0x" + "cd" * 65
 SESSION = "0x" + "12" * 32
 
 
-@pytest.fixture(autouse=True)
-def _as_before():
-    """Logging is the process's; put it back for the next test."""
-    root = logging.getLogger()
-    handlers, level, hook = root.handlers, root.level, sys.excepthook
-    yield
-    sys.excepthook = hook
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
-    root.handlers = handlers
-    root.setLevel(level)
-    for name in log.QUIET:
-        logging.getLogger(name).setLevel(logging.NOTSET)
-
-
 def told(level="info", form="json", environ=None):
     """Configure, and give the stream."""
     stream = io.StringIO()
