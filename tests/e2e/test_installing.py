@@ -28,8 +28,8 @@ def folder(tmp_path):
 
 
 def listening(commands):
-    """The same commands, with a pause after the simulator until it listens: a person waits for its line."""
-    waits = "until [ -e charger ] && [ -e truth.json ]; do sleep 0.1; done\n"
+    """The same commands, with a pause after the simulator until it listens: a person waits for its line, and ends it at last."""
+    waits = "trap 'kill $!' EXIT\nuntil [ -e charger ] && [ -e truth.json ]; do sleep 0.1; done\n"
     return [command + waits if "simulate" in command else command for command in commands]
 
 
