@@ -9,7 +9,7 @@ what the script says. One second of `passes` is one poll of the port and one eng
 Nothing here reads a clock or draws a random number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import coincurve
@@ -18,7 +18,7 @@ from agent.core import events as ev
 from agent.core import token as rules
 from agent.core.book import Book, step
 from agent.core.effects import Deliver, Effect, Hold, SignMeterRecord
-from agent.core.events import Event, Presentation, Terms
+from agent.core.events import Event, Presentation, StopReason, Terms
 from agent.core.live import Beat, HeaderSeen, Live, Policy, PortLost, PortRead, PortReading
 from agent.core.session import Session, Stage
 from agent.core.token import ZERO_ADDRESS, Ack, Domain
@@ -97,6 +97,21 @@ def connect(
 
 TERMS = connect()
 POLICY = Policy(max_unacked_wh={PORT: 50})
+
+
+def sold(opened: Terms, at_s: int, life: int, acked_wh: int, ack: Ack) -> Iterator[Event]:
+    """From the token to a settlement that is owed, for tests of being paid: nobody looks at the token's signature there."""
+    sid, begin_mwh = opened.session_id, 5_000
+    given = Presentation(
+        "s" * 32, "left", "eip191", opened.token, ZERO_ADDRESS, 0, opened.valid_until_s, bytes(32), b"", b""
+    )
+    yield ev.TokenPresented(at_s, sid, given)
+    yield ev.SessionAccepted(at_s, sid, begin_mwh)
+    yield ev.DeliveryBegan(at_s, sid, begin_mwh, life)
+    if acked_wh:
+        yield ev.ReceiptCredited(at_s, sid, acked_wh, ack)
+    yield ev.StopDecided(at_s, sid, StopReason.REMOTE, "enough")
+    yield ev.DeliveryEnded(at_s, sid, begin_mwh + acked_wh * 1000, seen_open=True)
 
 
 def presentation(

@@ -12,14 +12,14 @@ import inspect
 import sys
 from pathlib import Path
 
+from story import sold
+
 from agent.chain.node import Node
 from agent.core import events as ev
 from agent.core import settling
-from agent.core.events import Presentation, StopReason
 from agent.core.live import Beat, Policy
 from agent.core.session import Stage
 from agent.core.settling import Haste
-from agent.core.token import ZERO_ADDRESS
 from agent.engine import Engine
 from agent.errors import Refused, Transient
 from agent.journal import Journal
@@ -89,27 +89,7 @@ class Stand:
         self.opened = opened
         self.restart()
         await self.watch.look()
-        at_s, sid = self.engine.at_s, opened.session_id
-        given = Presentation(
-            "s" * 32,
-            "left",
-            "eip191",
-            opened.token,
-            ZERO_ADDRESS,
-            0,
-            opened.valid_until_s,
-            bytes(32),
-            b"",
-            b"",
-        )
-        for event in (
-            ev.TokenPresented(at_s, sid, given),
-            ev.SessionAccepted(at_s, sid, 5_000),
-            ev.DeliveryBegan(at_s, sid, 5_000, self.engine.live.life),
-            ev.ReceiptCredited(at_s, sid, DELIVERED_WH, ack),
-            ev.StopDecided(at_s, sid, StopReason.REMOTE, "enough"),
-            ev.DeliveryEnded(at_s, sid, 5_000 + DELIVERED_WH * 1000, seen_open=True),
-        ):
+        for event in sold(opened, self.engine.at_s, self.engine.live.life, DELIVERED_WH, ack):
             self.engine.accept(event)
         assert self.session.stage is Stage.SETTLING
 

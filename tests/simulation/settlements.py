@@ -17,16 +17,15 @@ from pathlib import Path
 
 import structlog
 from fake_pool import GWEI, FakeNet, FakeNode
+from story import sold
 
 from agent.chain import contract
 from agent.chain.sender import Sender, SignedTx
 from agent.core import events as ev
 from agent.core import settling
-from agent.core.events import Presentation, StopReason
 from agent.core.live import Beat, Policy
 from agent.core.session import Stage
 from agent.core.settling import Haste
-from agent.core.token import ZERO_ADDRESS
 from agent.engine import Engine
 from agent.errors import Transient
 from agent.journal import Journal
@@ -228,28 +227,8 @@ class World:
         opened = net.connected(ORDERED_WH, rate=int(10 ** self.rng.uniform(15.5, 17)))
         await self.watch.look()
         acked_wh = self.rng.randint(0, ORDERED_WH)
-        at_s, sid = engine.at_s, opened.session_id
-        given = Presentation(
-            "s" * 32,
-            "left",
-            "eip191",
-            opened.token,
-            ZERO_ADDRESS,
-            0,
-            opened.valid_until_s,
-            bytes(32),
-            b"",
-            b"",
-        )
-        story = [
-            ev.TokenPresented(at_s, sid, given),
-            ev.SessionAccepted(at_s, sid, 5_000),
-            ev.DeliveryBegan(at_s, sid, 5_000, engine.live.life),
-            *([ev.ReceiptCredited(at_s, sid, acked_wh, net.ack(sid, acked_wh))] if acked_wh else []),
-            ev.StopDecided(at_s, sid, StopReason.REMOTE, "enough"),
-            ev.DeliveryEnded(at_s, sid, 5_000 + acked_wh * 1000, seen_open=True),
-        ]
-        for event in story:
+        sid = opened.session_id
+        for event in sold(opened, engine.at_s, engine.live.life, acked_wh, net.ack(sid, acked_wh)):
             engine.accept(event)
         self.opened[sid] = (opened, acked_wh)
 
