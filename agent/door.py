@@ -165,7 +165,7 @@ class Door:
                 raise Refused("malformed", "the return address is not 1-64 of A-Z a-z 0-9 . _ ~ @ : = -")
             match message:
                 case Present():
-                    return self._present(sref, message, rules.presentation_digest(data))
+                    return self._present(sref, message, data)
                 case ReceiptMessage():
                     return self._receipt(sref, message)
                 case Stop():
@@ -192,7 +192,7 @@ class Door:
 
     # ---- M1 and M2
 
-    def _present(self, sref: str, message: Present, digest: bytes) -> Message:
+    def _present(self, sref: str, message: Present, data: bytes) -> Message:
         book, live = self._engine.book, self._engine.live
         session, early = book.sessions.get(message.session_id), book.awaits_belief(message.session_id)
         if session is not None and (session.end_intent or session.stage in CLOSED):
@@ -203,7 +203,7 @@ class Door:
             terms, kept = book.pending[message.session_id], book.early.get(message.session_id)
         else:
             raise Refused("not_yet_seen", "no such session on the chain yet; try again in a few seconds")
-        if kept is not None and kept.digest == digest:
+        if kept is not None and kept.digest == rules.presentation_digest(data):
             return self._standing(message.session_id)
         if message.token != terms.token:
             raise Refused("wrong_token", "this is not the token the contract logged for this session")
@@ -219,7 +219,7 @@ class Door:
         if message.scheme == "eip191" and kept is not None and kept.sref != sref:
             # personal_sign binds only the token: whoever saw it once could move the session's answers to himself.
             raise Refused("replayed", "this token was already presented from another return address")
-        presentation = self._verified(message, terms, issued.hello, sref, port, digest)
+        presentation = self._verified(message, terms, issued.hello, sref, port, data)
         if (
             kept is not None
             and live.now_ms - self._presented_at_ms.get(terms.session_id, -PRESENT_EVERY_MS)
@@ -255,7 +255,7 @@ class Door:
             raise Refused("busy", "this session already runs at another charging port")
 
     def _verified(
-        self, message: Present, terms: Terms, hello: Hello, sref: str, port: str, digest: bytes
+        self, message: Present, terms: Terms, hello: Hello, sref: str, port: str, data: bytes
     ) -> Presentation:
         """The presentation, if the session's consumer signed it. Raises Refused(bad_signature | wrong_signer | malformed)."""
         signature = rules.normalised(message.signature)
@@ -284,7 +284,7 @@ class Door:
             message.valid_until_s,
             bound,
             signature,
-            digest,
+            rules.presentation_digest(data),
         )
 
     def _standing(self, session_id: SessionId) -> Message:

@@ -17,7 +17,9 @@ import asyncio
 import logging
 import socket
 import ssl
+import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +36,9 @@ RECEIVE_BUFFER_BYTES = (
 UNREAD_MAX = 1_024  # acknowledgements waiting for a broker that sends and does not read
 HEARD_MAX = 256  # messages waiting to be looked at
 HEARD_MAX_OF_TOPIC = 32  # of these from one topic; once half of the room is taken, one
+READ_TURN_S = (
+    0.0005  # of our own processor time; then the event loop turns: the charger's beat runs in it too
+)
 REFUSED = 0x80  # and above: the return codes of a SUBACK that say no
 
 
@@ -146,6 +151,49 @@ def _limit_packets(library: Any) -> None:
         return MQTTErrorCode.MQTT_ERR_PROTOCOL if is_too_large or holds_half or is_not_read else result
 
     library._packet_read = read_within_limits  # noqa: SLF001
+
+
+class ReadInTurns:
+    """Reads a connection as the library would, but only so long in a turn of the event loop, and rests between two turns.
+
+    The library itself takes one packet in each turn of the loop, whenever there is one: under a flood it never rests. What is
+    not read waits in the kernel, then at the broker.
+    """
+
+    def __init__(self, client: aiomqtt.Client, rest_s: Callable[[], float]) -> None:
+        """From now on. `client` is connected; `rest_s` says after each turn for how many seconds nothing is read."""
+        self._broken, self._library, self._rest_s = client._disconnected, cast("Any", client._client), rest_s  # noqa: SLF001
+        self._loop, self._socket = asyncio.get_running_loop(), self._library.socket()
+        self._read, self._last = self._library._packet_read, MQTTErrorCode.MQTT_ERR_SUCCESS  # noqa: SLF001
+        self._library._packet_read = self._noted  # noqa: SLF001 - `loop_read` does not tell whether there was anything
+        self._resume()
+
+    def _noted(self) -> MQTTErrorCode:
+        self._last = self._read()
+        return self._last
+
+    def _is_open(self) -> bool:
+        """False once the library gave this connection up; its number may be somebody else's then."""
+        return self._socket is not None and self._library.socket() is self._socket
+
+    def _resume(self) -> None:
+        if self._is_open():
+            self._loop.add_reader(self._socket.fileno(), self._turn)
+            self._turn()  # TLS may hold what no select sees
+
+    def _turn(self) -> None:
+        until_s = time.thread_time() + READ_TURN_S
+        try:
+            self._library.loop_read()
+            while self._last == MQTTErrorCode.MQTT_ERR_SUCCESS and time.thread_time() < until_s:
+                self._library.loop_read()
+        except Exception as error:  # noqa: BLE001 - as the library's own reader: whatever it is, this connection is over
+            if not self._broken.done():
+                self._broken.set_exception(error)
+        rest_s = self._rest_s()
+        if self._is_open() and (rest_s > 0 or self._last == MQTTErrorCode.MQTT_ERR_SUCCESS):
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.call_later(rest_s, self._resume)
 
 
 async def subscribe(client: aiomqtt.Client, *topics: str) -> None:

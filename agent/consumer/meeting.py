@@ -44,6 +44,9 @@ SCAN_REMEDIES = REMEDIES | {
     "stale_hello": "scan the code that the charger shows now; this one is a photograph, or older than two minutes",
 }
 KNOCK_GROWTH = 16  # quick on a fast chain, polite on a slow one: 0.5 s at first, 8 s at most
+KNOCK_GROWTH_UNHEARD = (
+    4  # 2 s while nothing at all comes back: in a flood a broker loses most of what it is given
+)
 GATHER_S = 0.4  # Hellos of several ports arrive together; we must see whether there is a choice to make
 HELLOS_MAX = 16  # ports we look at: a provider has at most eight
 
@@ -65,6 +68,7 @@ class Meeting:
     _used_nonces: set[bytes] = field(default_factory=set)
     _refused_knocks: int = 0  # in a row
     _said_no: bool = False  # to the newest knock
+    _heard: bool = False  # anything, after the newest knock
 
     async def meet(self) -> Accept:
         """Present our token until it is accepted. Raises Refused with the provider's reason or ours, Transient when
@@ -88,12 +92,17 @@ class Meeting:
 
     async def _present_until_accepted(self) -> Accept:
         presented = self.plug.errand.presented or self._sign(await self._fresh_hello())
-        backoff = Backoff(self.plug.waits.knock_s, KNOCK_GROWTH * self.plug.waits.knock_s)
+        knock_s = self.plug.waits.knock_s
+        backoff = Backoff(knock_s, KNOCK_GROWTH * knock_s)
         while True:
+            wait_s = backoff.next_s()
+            if not self._heard:
+                wait_s = min(wait_s, KNOCK_GROWTH_UNHEARD * knock_s)
+            self._heard = False
             self._refused_knocks = self._refused_knocks + 1 if self._said_no else 0
             self._said_no = False
             await self.plug.carrier.post("present", presented.message)
-            answer = await self._answer(presented, backoff.next_s())
+            answer = await self._answer(presented, wait_s)
             if isinstance(answer, Accept):
                 self.plug.journal.write(Accepted(self.plug.journal.at_s, encode(answer)))
                 self.plug.say(Step.PRESENT, "the provider has accepted our token", stage="AUTHORISED")
@@ -223,6 +232,7 @@ class Meeting:
         until_ms = self.plug.now_ms() + int(wait_s * 1000)
         while (left_ms := until_ms - self.plug.now_ms()) > 0:
             message = await self.plug.next(left_ms / 1000)
+            self._heard = self._heard or not (message is None or isinstance(message, Hello))
             if isinstance(message, Accept) and await self._is_ours(message, presented):
                 return message
             if isinstance(message, Refusal) and self._wants_new_hello(message):

@@ -14,7 +14,8 @@ Rules
 * Loopback unless the owner says otherwise. A foreign name as Host (DNS rebinding), or an Origin that is not us, is refused.
 * Everything a visitor can use up has a limit: connections, streams, time to speak, sizes. Money and safety never depend on this.
 * Requests are served one in a turn of the event loop, because the charger's beat runs in the same loop; and no source faster
-  than its pace, however many connections it has. Who is too fast waits; TCP slows him down for us.
+  than its pace, however many connections it has. Who is too fast waits; TCP slows him down for us. Together they leave the
+  processor time to rest (`agent.load`); who comes meanwhile waits in the kernel.
 * A bug in a handler is a bug: it ends `run`, it does not become a quiet 500.
 
 May not know: what messages mean (the door), MQTT, the charger, the chain.
@@ -24,13 +25,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
-import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from html import escape
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -43,11 +44,14 @@ from agent.core.messages import MESSAGE_BYTES_MAX, Message, Refusal, encode
 from agent.door import Door
 from agent.engine import Engine
 from agent.errors import Misconfigured
+from agent.load import Load
 
 CONNECTIONS_MAX = 64  # each costs memory and a file handle; a plug has one or two phones at it
 CONNECTIONS_MAX_PER_SOURCE = 16  # one visitor cannot take them all; a browser opens six
-ACCEPTED_AT_ONCE_MAX = 4  # in a turn of the event loop; asyncio would take a hundred before it looks up again
-LISTEN_BACKLOG = 128  # the others wait in the kernel
+ACCEPTED_AT_ONCE_MAX = 8  # in a turn of the event loop; asyncio would take a hundred before it looks up again
+LISTEN_BACKLOG = 512  # the others wait in the kernel; whom it turns away knocks again only a second later
+NO_HANDLES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_HANDLES_WAIT_S = 1.0  # until the system may have a place for one more
 PACE = (
     50.0,
     50.0,
@@ -138,38 +142,53 @@ class HttpRunner:
         await runner.setup()
         assert runner.server is not None
         try:
-            server = await self._listen(runner.server)
-            async with server:
-                self.listening.set()
+            async with self._doors_open(runner.server) as doors:
                 log.info("http.up", url=self.url)
                 while True:
                     self._show_out_strangers()
-                    await asyncio.wait([self._bug], timeout=1.0)
-                    if self._bug.done():
-                        self._bug.result()
+                    done, _ = await asyncio.wait(
+                        [self._bug, *doors], timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for ended in done:
+                        ended.result()
         finally:
             await runner.cleanup()
 
-    async def _listen(self, protocol: web.Server) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
+    @contextlib.asynccontextmanager
+    async def _doors_open(self, server: web.Server) -> AsyncIterator[list[asyncio.Task[NoReturn]]]:
+        """Listens, and lets visitors in; the tasks that do."""
+        doorman = _Doorman(server, self._strangers, self._turnstile)
+        with contextlib.ExitStack() as stack:
+            listening = [stack.enter_context(one) for one in await self._listen()]
+            tasks = [asyncio.create_task(doorman.let_in(one)) for one in listening]
+            self.listening.set()
+            try:
+                yield tasks
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _listen(self) -> list[socket.socket]:
+        """A socket for each address that the host name has. Raises Misconfigured when one cannot be had."""
+        loop, found = asyncio.get_running_loop(), []
         try:
-            server = await loop.create_server(
-                lambda: _Doorman(protocol, self._strangers, self._turnstile),
-                self._host,
-                self._port,
-                backlog=ACCEPTED_AT_ONCE_MAX,
+            known = await loop.getaddrinfo(
+                self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            for listening in server.sockets:  # asyncio takes the one number for both
-                with socket.socket(fileno=os.dup(listening.fileno())) as same:
-                    same.listen(LISTEN_BACKLOG)
+            for family, address in sorted({(family, address[:2]) for family, _, _, _, address in known}):
+                found.append(socket.create_server(address, family=family, backlog=LISTEN_BACKLOG))
+                found[-1].settimeout(0)
         except OSError as error:
+            for one in found:
+                one.close()
             raise Misconfigured(
                 f"cannot listen on {self._host}:{self._port}: {error.strerror or error}",
                 remedy="stop the program that uses it, or choose another [http] listen",
             ) from error
-        host, port = server.sockets[0].getsockname()[:2]
+        host, port = found[0].getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        return server
+        return found
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=MESSAGE_BYTES_MAX)
@@ -310,6 +329,7 @@ class _Turnstile:
     """Who may go on, and when: one in a turn of the event loop, each source at its own pace."""
 
     def __init__(self) -> None:
+        self.load = Load()
         self._one = asyncio.Lock()
         self._paid_until_s: dict[str, float] = {}  # of each source: when all its requests so far are paid for
 
@@ -319,7 +339,7 @@ class _Turnstile:
         if wait_s > 0:
             await asyncio.sleep(wait_s)
         async with self._one:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.load.rest_s())
 
     def delay_s(self, source: str) -> float:
         """Count one more of this source: the seconds it is ahead of its pace. Beyond AHEAD_S_MAX nothing more is counted."""
@@ -336,23 +356,42 @@ class _Turnstile:
         return ahead_s
 
 
-class _Doorman(asyncio.Protocol):
-    """Lets a connection in to aiohttp, or not at all, before any of its bytes are read."""
+class _Doorman:
+    """Lets connections in to aiohttp, or not at all, before any of their bytes are read."""
 
     def __init__(
         self, server: web.Server, strangers: dict[web.RequestHandler, float], turnstile: _Turnstile
     ) -> None:
         self._server, self._strangers, self._turnstile = server, strangers, turnstile
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        if not self._has_place_for(_source(transport)):
-            transport.abort()
+    async def let_in(self, listening: socket.socket) -> NoReturn:
+        """For ever: whoever comes to this address."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for _ in range(ACCEPTED_AT_ONCE_MAX):
+                try:
+                    visitor, address = await loop.sock_accept(listening)
+                except ConnectionError:
+                    continue  # it left while it waited
+                except OSError as error:
+                    if error.errno not in NO_HANDLES:
+                        raise
+                    await asyncio.sleep(NO_HANDLES_WAIT_S)
+                    continue
+                await self._meet(visitor, _counted(address[0]))
+            await asyncio.sleep(self._turnstile.load.rest_s())
+
+    async def _meet(self, visitor: socket.socket, source: str) -> None:
+        if self._has_place_for(source):
+            with contextlib.suppress(OSError):  # it has left again
+                await asyncio.get_running_loop().connect_accepted_socket(self._handler, visitor)
             return
+        visitor.close()
+
+    def _handler(self) -> web.RequestHandler:
         handler = self._server()
         self._strangers[handler] = asyncio.get_running_loop().time()
-        transport.set_protocol(handler)
-        handler.connection_made(transport)
+        return handler
 
     def _has_place_for(self, source: str) -> bool:
         """True if one more of this source may come in. A source without a connection gets the place of one that has most."""
@@ -374,9 +413,10 @@ class _Doorman(asyncio.Protocol):
 def _source(transport: asyncio.BaseTransport | None) -> str:
     """Who is on the other end, as far as counting goes: an IPv4 address, or the /64 that one IPv6 visitor has to himself."""
     peer = None if transport is None else transport.get_extra_info("peername")
-    if peer is None:
-        return ""
-    address = str(peer[0])
+    return "" if peer is None else _counted(str(peer[0]))
+
+
+def _counted(address: str) -> str:
     if ":" not in address:
         return address
     prefix = int(ipaddress.IPv6Address(address.partition("%")[0])) >> 64

@@ -20,7 +20,7 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -33,7 +33,8 @@ from agent.core.session import CLOSED
 from agent.core.units import Address, hex0x
 from agent.door import Door
 from agent.engine import Engine
-from agent.mqtt_client import BrokerAddress, Heard, new_client, subscribe
+from agent.load import Load
+from agent.mqtt_client import BrokerAddress, Heard, ReadInTurns, new_client, subscribe
 
 PUBACK_WAIT_S = 5.0  # a broker that takes longer than this is down, whatever TCP says
 OFFLINE_WAIT_S = 1.0  # a polite goodbye may not delay a stop of the daemon
@@ -47,7 +48,7 @@ LOOK_INTERVAL_S = (
 )
 TELEMETRY_INTERVAL_S = 1.0  # owners plot, they do not control
 HEARD_TURN_S = (
-    0.001  # so long we look at messages, then the event loop turns: the charger's beat runs in it too
+    0.0005  # so long we look at messages, then the event loop turns: the charger's beat runs in it too
 )
 ANSWERS_MAX = (
     64  # waiting for a broker that acknowledges slowly; what finds no room is asked, or told as news, again
@@ -83,7 +84,7 @@ class MqttRunner:
         # The same name again makes the broker drop our own half-open predecessor, and 3.1.1 promises only 23 characters.
         self._client_id = f"v2v-{provider.hex()[:16]}"
         self._told: dict[tuple[str, type[Message], bytes], Message] = {}  # what this connection has carried
-        self._heard = Heard()
+        self._heard, self._load = Heard(), Load()
         self._answers: deque[_Post] = deque()
         self._has_answers = asyncio.Event()
         self._paid_until_s = {NOISE_PER_S: 0.0, REFUSALS_PER_S: 0.0}
@@ -111,12 +112,16 @@ class MqttRunner:
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, hides nothing
             wait_s = min(BACKOFF_S[1], 2 * wait_s)
 
-    def _client(self) -> aiomqtt.Client:
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[aiomqtt.Client]:
+        """A connection, read in turns. Raises MqttError when there is none to be had."""
         self._heard = Heard()
         will = aiomqtt.Will(f"{self._root}/online", OFFLINE, qos=1, retain=True)
-        return new_client(
+        async with new_client(
             self._broker, self._heard, timeout_s=PUBACK_WAIT_S, identifier=self._client_id, will=will
-        )
+        ) as client:
+            ReadInTurns(client, self._load.rest_s)
+            yield client
 
     async def _carry(self, client: aiomqtt.Client) -> None:
         """One connection, from `online` to its end. Raises MqttError when it breaks."""
@@ -161,7 +166,7 @@ class MqttRunner:
             )  # our own work: a busy machine must not end the turn for us
             while not heard.empty() and time.thread_time() < until_s:
                 self._look_at(heard.get_nowait())
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._load.rest_s())
 
     def _look_at(self, message: aiomqtt.Message) -> None:
         """Ask the door; its answer waits to be published."""

@@ -2,13 +2,24 @@
 
 import asyncio
 import contextlib
+import socket
+import ssl
 
 import aiomqtt
 import pytest
+from authority import Authority
 from paho.mqtt.enums import MQTTErrorCode
 
 from agent import mqtt_client
-from agent.mqtt_client import HEARD_MAX, HEARD_MAX_OF_TOPIC, BrokerAddress, Heard, new_client, subscribe
+from agent.mqtt_client import (
+    HEARD_MAX,
+    HEARD_MAX_OF_TOPIC,
+    BrokerAddress,
+    Heard,
+    ReadInTurns,
+    new_client,
+    subscribe,
+)
 
 
 def message(topic, payload=b"x"):
@@ -85,7 +96,7 @@ async def test_whoever_waits_is_woken_by_a_message_and_not_by_a_dropped_one() ->
 
 
 @contextlib.asynccontextmanager
-async def broker(after_subscribe):
+async def broker(after_subscribe, *, tls=None, trusted=None):
     """A broker that lets one client in and, when it subscribes, says these bytes; {mid} is the client's message id."""
 
     async def serve(reader, writer):
@@ -99,9 +110,9 @@ async def broker(after_subscribe):
                     writer.write(after_subscribe(body[:2]))
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     async with server:
-        yield BrokerAddress("127.0.0.1", server.sockets[0].getsockname()[1])
+        yield BrokerAddress("127.0.0.1", server.sockets[0].getsockname()[1], trusted)
 
 
 async def test_a_refused_subscription_is_an_error() -> None:
@@ -145,3 +156,93 @@ async def test_a_broker_that_makes_us_keep_things_is_left(kept) -> None:
     else:
         library._out_packet.extend([{}] * (mqtt_client.UNREAD_MAX + 1))
     assert library._packet_read() == MQTTErrorCode.MQTT_ERR_PROTOCOL
+
+
+# ---- reading in turns
+
+
+FEW = 200  # messages, each on a topic of its own, in fewer bytes than one record of TLS holds
+MANY = b"".join(b"\x30\x08\x00\x05t/%03d" % number + b"x" for number in range(FEW))
+
+
+def said(mid):
+    """SUBACK, and then all of it at once."""
+    return b"\x90\x03" + mid + b"\x01" + MANY
+
+
+async def until(holds):
+    """Wait for it in turns of the loop, not in seconds."""
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110 - nobody says when
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("turn_s", [0.0, 10.0])
+async def test_everything_is_read_however_short_the_turns_are(monkeypatch, turn_s) -> None:
+    """Would catch a turn that ends and is not followed by another, or a rest that loses what came meanwhile."""
+    monkeypatch.setattr(mqtt_client, "READ_TURN_S", turn_s)
+    rests, heard = iter([0.0, 0.001] * 10_000), Heard()
+    async with broker(said) as place, new_client(place, heard, timeout_s=10) as client:
+        ReadInTurns(client, lambda: next(rests))
+        await subscribe(client, "t/+")
+        await until(lambda: heard.qsize() == FEW)
+    assert [int(topic[2:]) for topic in topics(taken(heard))] == list(range(FEW))
+
+
+async def test_what_one_record_of_tls_holds_is_read_although_no_more_bytes_come(
+    monkeypatch, tmp_path
+) -> None:
+    """Would catch messages that wait in the TLS library, where no select sees them, until somebody speaks again."""
+    authority = Authority(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*authority.issue("broker", host="127.0.0.1"))
+    monkeypatch.setattr(mqtt_client, "READ_TURN_S", 0.0)
+    heard, trusted = Heard(), ssl.create_default_context(cafile=str(authority.file))
+    async with (
+        broker(said, tls=tls, trusted=trusted) as place,
+        new_client(place, heard, timeout_s=10) as client,
+    ):
+        ReadInTurns(client, lambda: 0.0)
+        await subscribe(client, "t/+")
+        await until(lambda: heard.qsize() == FEW)
+
+
+async def test_whoever_rests_reads_nothing_and_the_rest_waits_outside(monkeypatch) -> None:
+    """Would catch a flood that is read as fast as it comes, whatever it costs the charger's beat."""
+    monkeypatch.setattr(mqtt_client, "READ_TURN_S", 0.0)
+    heard, rest_s = Heard(), 0.0
+    async with broker(said) as place, new_client(place, heard, timeout_s=10) as client:
+        ReadInTurns(client, lambda: rest_s)
+        await subscribe(client, "t/+")
+        await until(lambda: heard.qsize() >= 3)
+        rest_s = 3_600.0
+        await asyncio.sleep(0)
+        resting = heard.qsize()
+        for _ in range(1_000):
+            await asyncio.sleep(0)
+        assert 3 <= heard.qsize() <= resting + 1 < FEW
+
+
+async def test_a_connection_that_ends_in_a_rest_is_left_alone(monkeypatch) -> None:
+    """Would catch a rest that ends on a socket which is somebody else's by now."""
+    heard, rests = Heard(), []
+    loop = asyncio.get_running_loop()
+    real = loop.call_later
+    monkeypatch.setattr(
+        loop,
+        "call_later",
+        lambda delay_s, call, *rest, **more: (
+            rests.append(call) if delay_s == 1_234.0 else real(delay_s, call, *rest, **more)
+        ),
+    )
+    async with broker(said) as place:
+        async with new_client(place, heard, timeout_s=10) as client:
+            turns = ReadInTurns(client, lambda: 1_234.0 if heard.qsize() else 0.0)
+            await subscribe(client, "t/+")
+            await until(lambda: rests)
+            number = turns._socket.fileno()
+        with socket.socket() as next_one:
+            assert number >= 0
+            assert next_one.fileno() >= 0
+            rests[0]()
+            assert not loop.remove_reader(number)

@@ -39,8 +39,8 @@ def test_every_kind_of_garbage_is_refused_and_costs_what_it_says() -> None:
 
 def test_a_missed_goal_is_called_missed() -> None:
     """Would catch goals that anything meets."""
-    good = floods.Phase("x", [1.0] * 100, (50.0, 51.0), 0.5, [0.1, 0.2], {})
-    bad = floods.Phase("x", [1.0] * 90 + [9.0] * 10, (50.0, 90.0), 0.5, [0.1, None], {})
+    good = floods.Phase("x", [1.0] * 100, (50.0, 51.0), 0.5, 0.0, [0.1, 0.2], {})
+    bad = floods.Phase("x", [1.0] * 90 + [9.0] * 10, (50.0, 90.0), 0.5, 0.0, [0.1, None], {})
     for phase, met in ((good, True), (bad, False)):
         assert floods._beat_row(phase, good, [0.1]).met is met
         assert floods._memory_row(phase, good).met is met

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import aiomqtt
 
+from agent.load import Load
 from agent.runners.mqtt import MqttRunner
 
 REPLAYS_KEPT = 32  # what an eavesdropper remembers, to say it again
@@ -104,6 +105,10 @@ def runner_above(broker, life):
     """`MqttRunner`, whole, with its client replaced by ours."""
 
     class SimMqttRunner(MqttRunner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._load = Load(worked_s=lambda: 0.0)  # how fast this machine is may not change a story
+
         def _client(self):
             return AgentClient(broker, life())
 

@@ -19,7 +19,7 @@ from scripted_provider import (
 )
 
 from agent.consumer.journal import Matched, Presented
-from agent.consumer.meeting import Meeting
+from agent.consumer.meeting import KNOCK_GROWTH_UNHEARD, Meeting
 from agent.consumer.plug import TokenChanged
 from agent.core import token as rules
 from agent.core.messages import Present, Refusal, decode, encode
@@ -78,6 +78,32 @@ async def test_a_lost_presentation_is_sent_again(provider, carrier, tmp_path):
     carrier.losing = lambda _kind: next(lost, False)
     await Meeting(plugged(tmp_path, carrier)).meet()
     assert len(provider.presented) == 1
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_silence_is_knocked_at_often_and_a_word_is_waited_on(
+    answered, provider, carrier, tmp_path, monkeypatch
+):
+    """Would catch a consumer who waits ever longer while a flood at the broker loses what he says, or one who hammers at a
+    provider that has told him to wait.
+    """
+    waits_s, knock_s = [], 0.002
+    answer = Meeting._answer
+
+    async def watched(self, presented, wait_s):
+        waits_s.append(wait_s)
+        provider.accepting = len(waits_s) >= 12
+        carrier.losing = lambda _kind: not answered and not provider.accepting
+        return await answer(self, presented, wait_s)
+
+    monkeypatch.setattr(Meeting, "_answer", watched)
+    provider.accepting = False
+    plug = plugged(tmp_path, carrier)
+    plug.waits = replace(plug.waits, knock_s=knock_s)
+    provider.refusals.extend([Refusal("not_yet_seen", "")] * 12 * answered)
+    await Meeting(plug).meet()
+    assert max(waits_s[:2]) <= 2 * knock_s
+    assert (max(waits_s) > KNOCK_GROWTH_UNHEARD * knock_s) is answered
 
 
 async def test_after_a_crash_the_very_same_presentation_goes_out(provider, carrier, tmp_path):

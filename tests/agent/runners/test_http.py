@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import socket
 
 import aiohttp
@@ -372,6 +374,74 @@ async def test_one_visitor_goes_on_in_each_turn_of_the_loop():
     assert len(set(served_in)) == 20
 
 
+async def test_requests_of_many_sources_leave_the_thread_time_to_rest(monkeypatch):
+    """Would catch a crowd in which everybody keeps his pace, and the charger's beat still waits."""
+    turnstile, gone_on = http._Turnstile(), []
+
+    async def ask(source):
+        await turnstile.turn(source)
+        gone_on.append(source)
+
+    monkeypatch.setattr(turnstile.load, "rest_s", lambda: 3_600.0 if len(gone_on) >= 3 else 0.0)
+    crowd = [asyncio.create_task(ask(f"visitor {number}")) for number in range(50)]
+    for _ in range(1_000):
+        await asyncio.sleep(0)
+    assert len(gone_on) == 3
+    for one in crowd:
+        one.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+
+
+async def test_who_is_shown_out_again_and_again_leaves_the_thread_time_to_rest(plug, monkeypatch):
+    """Would catch ten thousand connections a second that are refused one by one, and nothing else is done."""
+    met = 0
+    has_place = http._Doorman._has_place_for
+
+    def watched(self, source):
+        nonlocal met
+        met += 1
+        return has_place(self, source)
+
+    monkeypatch.setattr(http._Doorman, "_has_place_for", watched)
+    monkeypatch.setattr(http.Load, "rest_s", lambda _: 3_600.0 if met else 0.0)
+    async with served(plug) as runner, visitors(runner, *["127.0.0.2"] * 3 * http.ACCEPTED_AT_ONCE_MAX):
+        for _ in range(1_000):
+            await asyncio.sleep(0)
+        assert met == http.ACCEPTED_AT_ONCE_MAX
+
+
+async def test_without_a_file_handle_for_one_more_the_next_is_let_in_later(plug, monkeypatch):
+    """Would catch a server that ends for good, or spins, because a file handle was missing for a moment."""
+    monkeypatch.setattr(http, "NO_HANDLES_WAIT_S", 0.01)
+    loop, missing = asyncio.get_running_loop(), [errno.EMFILE, errno.ENFILE, errno.ECONNABORTED]
+    accept = loop.sock_accept
+
+    async def poor(listening):
+        if missing:
+            code = missing.pop()
+            raise OSError(code, os.strerror(code))
+        return await accept(listening)
+
+    monkeypatch.setattr(loop, "sock_accept", poor)
+    async with served(plug) as runner, visitors(runner, "127.0.0.2") as ((reader, writer),):
+        writer.write(HELLO)
+        async with asyncio.timeout(30):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    assert missing == []
+
+
+async def test_a_listening_socket_that_breaks_ends_the_runner(plug, monkeypatch):
+    """Would catch a web server that looks up and hears nobody."""
+
+    async def broken(_listening):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", broken)
+    async with asyncio.timeout(30):
+        with pytest.raises(OSError, match="Invalid argument"):
+            await HttpRunner(plug.engine, plug.door, "127.0.0.1", 0).run()
+
+
 @pytest.mark.parametrize(
     ("address", "source"),
     [
@@ -438,6 +508,17 @@ async def test_address_in_use_is_named_with_its_remedy(plug):
         with pytest.raises(Misconfigured, match=r"cannot listen on 127\.0\.0\.1") as refusal:
             await runner.run()
     assert "listen" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "localhost"])
+async def test_it_listens_where_it_is_told_and_says_where_that_is(plug, host):
+    """Would catch an address that is read as a name of the wrong family, and a URL that leads nowhere."""
+    async with (
+        served(plug, host) as runner,
+        aiohttp.ClientSession(runner.url) as visitor,
+        visitor.get("/v1/hello") as response,
+    ):
+        assert response.status == 200
 
 
 async def test_bug_behind_the_door_ends_the_runner(plug, monkeypatch):

@@ -365,6 +365,7 @@ async def test_a_flood_is_looked_at_for_a_moment_in_each_turn_and_answered_now_a
     """
     terms = plug.delivering()
     monkeypatch.setattr(mqtt, "HEARD_TURN_S", 0.0)  # then a turn looks at one message, on any machine
+    monkeypatch.setattr(mqtt.Load, "rest_s", lambda _: 0.0)  # broker and flood work in the same thread here
     turns, looked = 0, defaultdict(int)
     answer = plug.door.answer
 
@@ -397,6 +398,30 @@ async def test_a_flood_is_looked_at_for_a_moment_in_each_turn_and_answered_now_a
         assert runner.connected
     assert busiest == 1
     assert len(noise) < sum(looked.values())
+
+
+async def test_a_flood_leaves_the_thread_time_to_rest(plug, broker, monkeypatch):
+    """Would catch messages that are looked at without a rest: the system then takes the thread off its processor."""
+    plug.delivering()
+    monkeypatch.setattr(mqtt, "HEARD_TURN_S", 0.0)
+    looked = 0
+    answer = plug.door.answer
+
+    def watched(*arguments):
+        nonlocal looked
+        looked += 1
+        return answer(*arguments)
+
+    monkeypatch.setattr(plug.door, "answer", watched)
+    monkeypatch.setattr(mqtt.Load, "rest_s", lambda _: 3_600.0 if looked >= 5 else 0.0)
+    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+        await consumer.until(lambda: runner.connected)
+        for number in range(100):
+            await consumer.client.publish(f"{consumer.root}/in/vandal{number}", b"{}", qos=1)
+        await consumer.until(lambda: looked >= 5)
+        for _ in range(1_000):
+            await asyncio.sleep(0)
+        assert looked == 5
 
 
 async def test_answers_are_not_waited_for_before_the_next_message_is_heard(plug):
