@@ -62,12 +62,7 @@ class BrokerAddress:
 
 
 class Heard(asyncio.Queue[aiomqtt.Message]):
-    """What has arrived: topics take turns. Putting never fails and never waits; what finds no room is forgotten.
-
-    `favoured` topics find room whatever the others do: those of running sessions.
-    """
-
-    favoured: frozenset[str] = frozenset()
+    """What has arrived: topics take turns. Putting never fails and never waits; what finds no room is forgotten."""
 
     def _init(self, maxsize: int) -> None:
         self._waiting: OrderedDict[str, deque[aiomqtt.Message]] = OrderedDict()
@@ -87,10 +82,9 @@ class Heard(asyncio.Queue[aiomqtt.Message]):
 
     def _put(self, item: aiomqtt.Message) -> None:
         topic = item.topic.value
-        favoured = topic in self.favoured
-        share = HEARD_MAX_OF_TOPIC if favoured or self._count < HEARD_MAX // 2 else 1
+        share = HEARD_MAX_OF_TOPIC if self._count < HEARD_MAX // 2 else 1
         waiting = self._waiting.get(topic)
-        if (waiting is not None and len(waiting) >= share) or (self._count >= HEARD_MAX and not favoured):
+        if (waiting is not None and len(waiting) >= share) or self._count >= HEARD_MAX:
             return
         if waiting is None:
             waiting = self._waiting[topic] = deque()
@@ -135,8 +129,20 @@ def new_client(
     )
     # Who leaves does not ask how the connection ended; asyncio would print that nobody asked.
     client._disconnected.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # noqa: SLF001
-    _limit_packets(client._client)  # noqa: SLF001 - nothing public tells the length of what is still coming
+    library: Any = client._client  # noqa: SLF001 - nothing public tells the length of what is still coming
+    _limit_packets(library)
+    library._on_message_filtered = _NoFilters()  # noqa: SLF001
     return client
+
+
+class _NoFilters:
+    """In place of paho's callbacks by topic, which nobody uses: looking for them leaves garbage behind each message that only a
+    full collection finds, and that holds the charger's beat up for 20 ms in a flood.
+    """
+
+    def iter_match(self, _topic: str) -> tuple[()]:
+        """None for any topic."""
+        return ()
 
 
 def _limit_packets(library: Any) -> None:
@@ -196,10 +202,16 @@ class ReadInTurns:
             self._loop.call_later(rest_s, self._resume)
 
 
+async def granted(client: aiomqtt.Client, *topics: str) -> frozenset[str]:
+    """Subscribe with QoS 1: those of these topics that the broker grants. Raises MqttError when it does not answer."""
+    codes = await client.subscribe([(topic, 1) for topic in topics])
+    values = [code.value if isinstance(code, ReasonCode) else code for code in codes]
+    return frozenset(topic for topic, value in zip(topics, values, strict=False) if value < REFUSED)
+
+
 async def subscribe(client: aiomqtt.Client, *topics: str) -> None:
     """Subscribe with QoS 1. Raises MqttError when the broker refuses any of these topics."""
-    granted = await client.subscribe([(topic, 1) for topic in topics])
-    codes = [code.value if isinstance(code, ReasonCode) else code for code in granted]
-    refused = [topic for topic, code in zip(topics, codes, strict=False) if code >= REFUSED]
+    got = await granted(client, *topics)
+    refused = [topic for topic in topics if topic not in got]
     if refused:
         raise aiomqtt.MqttError(f"the broker does not let us subscribe to {refused[0]}")

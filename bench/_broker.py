@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, PINGREQ, DISCONNECT = 1, 2, 3, 4, 8, 9, 12, 14
+CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK = 1, 2, 3, 4, 8, 9
+UNSUBSCRIBE, UNSUBACK, PINGREQ, DISCONNECT = 10, 11, 12, 14
 WAITING_BYTES_MAX = 1 << 20  # for a client that does not read; what comes then is lost, as in any broker
 
 
@@ -138,6 +139,10 @@ class Broker:
             for message in list(self.retained.values()):
                 if message.payload and any(fits(pattern, message.topic) for pattern in patterns):
                     self.deliver(visitor, message)
+        elif kind == UNSUBSCRIBE:
+            gone = _patterns(body[2:], has_qos=False)
+            visitor.patterns = [pattern for pattern in visitor.patterns if pattern not in gone]
+            visitor.send(packet(UNSUBACK, body[:2]))
         elif kind == PUBLISH:
             message, mid = _published(flags, body)
             if message.qos:
@@ -186,12 +191,12 @@ def _introduction(body: bytes) -> tuple[str, Message | None]:
     return name.decode(), Message(topic.decode(), payload, flags >> 3 & 3, bool(flags & 0x20))
 
 
-def _patterns(body: bytes) -> list[str]:
+def _patterns(body: bytes, *, has_qos: bool = True) -> list[str]:
     patterns = []
     while body:
         pattern, body = _text(body)
         patterns.append(pattern.decode())
-        body = body[1:]
+        body = body[has_qos:]
     return patterns
 
 

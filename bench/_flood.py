@@ -89,7 +89,7 @@ class FloodingBroker(Broker):
             batch = [frames[(pushed + number) % len(frames)] for number in range(min(due, 1_000))]
             pushed += due
             for car in [
-                visitor for visitor in self.visitors if any("/in/" in one for one in visitor.patterns)
+                visitor for visitor in self.visitors if any(one.endswith("/in/+") for one in visitor.patterns)
             ]:
                 taken = self._push(car, batch)
                 self.sent += taken

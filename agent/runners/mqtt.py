@@ -1,4 +1,11 @@
-"""The broker: carries the door's messages and the owner's telemetry (PROTOCOL section 6). One task, one connection at a time.
+"""The broker: carries the door's messages and the owner's telemetry (PROTOCOL section 6).
+
+Two connections, each with a task that brings it back:
+  car   speaks: Hellos, answers, news, telemetry; and hears the consumers of running sessions, each on its own topic
+  door  hears strangers: everything else that is said to us
+
+A broker (mosquitto 2.0) drops whatever finds no room on its way to a client that is flooded, acknowledgements too. So what
+strangers send has a connection of its own, and a flood there costs nobody who is charging a word (rule 5).
 
 Rules
 * The broker can deny service, never steal: nothing here decides, and money and safety never depend on it. It being
@@ -20,7 +27,7 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -34,7 +41,7 @@ from agent.core.units import Address, hex0x
 from agent.door import Door
 from agent.engine import Engine
 from agent.load import Load
-from agent.mqtt_client import BrokerAddress, Heard, ReadInTurns, new_client, subscribe
+from agent.mqtt_client import BrokerAddress, Heard, ReadInTurns, granted, new_client, subscribe
 
 PUBACK_WAIT_S = 5.0  # a broker that takes longer than this is down, whatever TCP says
 OFFLINE_WAIT_S = 1.0  # a polite goodbye may not delay a stop of the daemon
@@ -75,69 +82,108 @@ class _Post:
     retain: bool = False
 
 
+@dataclass(slots=True)
+class _Line:
+    """One of the two connections, over all its lives."""
+
+    name: str
+    identifier: str
+    connected: bool = False
+    problem: str = ""  # the one already logged: an hour without a broker is one line, not a thousand
+
+
 class MqttRunner:
     """Carries between one broker and the door of one provider."""
 
     def __init__(self, engine: Engine, door: Door, provider: Address, broker: BrokerAddress) -> None:
         self._engine, self._door, self._broker = engine, door, broker
         self._root = f"v2v/1/{hex0x(provider)}"
-        # The same name again makes the broker drop our own half-open predecessor, and 3.1.1 promises only 23 characters.
-        self._client_id = f"v2v-{provider.hex()[:16]}"
         self._told: dict[tuple[str, type[Message], bytes], Message] = {}  # what this connection has carried
-        self._heard, self._load = Heard(), Load()
+        self._asked: frozenset[str] = (
+            frozenset()
+        )  # topics of running sessions that the car's connection asked for
+        self._own_topics: frozenset[str] = frozenset()  # and those it got
+        self._load = Load()
         self._answers: deque[_Post] = deque()
         self._has_answers = asyncio.Event()
         self._paid_until_s = {NOISE_PER_S: 0.0, REFUSALS_PER_S: 0.0}
         self._retained: dict[str, bytes] = {}
         self._telemetry_at_s = 0.0
-        self._problem = ""  # the one already logged: an hour without a broker is one line, not a thousand
-        self.connected = False
+        # The same names again make the broker drop our own half-open predecessors, and 3.1.1 promises only 23 characters.
+        name = f"v2v-{provider.hex()[:16]}"
+        self._car, self._door_line = _Line("car", name), _Line("door", f"{name}-in")
+
+    @property
+    def connected(self) -> bool:
+        """Both connections stand."""
+        return self._car.connected and self._door_line.connected
 
     async def run(self) -> NoReturn:
         """For ever: connect, carry, wait, again. Only cancellation ends it; then the owner sees `offline`."""
+        tasks = [
+            asyncio.create_task(self._keep(self._car, self._carry)),
+            asyncio.create_task(self._keep(self._door_line, self._hear_strangers)),
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        raise AssertionError("a connection is kept for ever")
+
+    async def _keep(
+        self, line: _Line, carry: Callable[[aiomqtt.Client, Heard], Awaitable[NoReturn]]
+    ) -> NoReturn:
         loop = asyncio.get_running_loop()
         wait_s = BACKOFF_S[0]
         while True:
             began_s = loop.time()
             try:
-                async with self._client() as client:
-                    await self._carry(client)
+                heard = Heard()
+                async with self._client(line, heard) as client:
+                    await carry(client, heard)
             except aiomqtt.MqttError as error:
                 _stop_if_cancelled()  # a goodbye that failed must not hide it
-                self._log_problem(error)
+                self._say_down(line, str(error))
             finally:
-                self.connected = False
+                line.connected = False
             if loop.time() - began_s > STEADY_S:
                 wait_s = BACKOFF_S[0]
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, hides nothing
             wait_s = min(BACKOFF_S[1], 2 * wait_s)
 
     @contextlib.asynccontextmanager
-    async def _client(self) -> AsyncIterator[aiomqtt.Client]:
+    async def _client(self, line: _Line, heard: Heard) -> AsyncIterator[aiomqtt.Client]:
         """A connection, read in turns. Raises MqttError when there is none to be had."""
-        self._heard = Heard()
-        will = aiomqtt.Will(f"{self._root}/online", OFFLINE, qos=1, retain=True)
+        will = (
+            aiomqtt.Will(f"{self._root}/online", OFFLINE, qos=1, retain=True) if line is self._car else None
+        )
         async with new_client(
-            self._broker, self._heard, timeout_s=PUBACK_WAIT_S, identifier=self._client_id, will=will
+            self._broker, heard, timeout_s=PUBACK_WAIT_S, identifier=line.identifier, will=will
         ) as client:
             ReadInTurns(client, self._load.rest_s)
             yield client
 
-    async def _carry(self, client: aiomqtt.Client) -> None:
-        """One connection, from `online` to its end. Raises MqttError when it breaks."""
+    def _say_up(self, line: _Line) -> None:
+        _stop_if_cancelled()
+        line.connected, line.problem = True, ""
+        log.info("mqtt.up", broker=f"{self._broker.host}:{self._broker.port}", line=line.name)
+
+    def _say_down(self, line: _Line, problem: str) -> None:
+        if problem != line.problem:
+            line.problem = problem
+            broker = f"{self._broker.host}:{self._broker.port}"
+            log.warning("mqtt.down", broker=broker, line=line.name, problem=problem)
+
+    async def _carry(self, client: aiomqtt.Client, heard: Heard) -> NoReturn:
+        """The car's connection, from `online` to its end. Raises MqttError when it breaks."""
         self._told, self._retained, self._telemetry_at_s = {}, {}, 0.0
         self._answers.clear()
-        await subscribe(client, f"{self._root}/in/+")
-        await client.publish(f"{self._root}/online", ONLINE, qos=1, retain=True)
-        _stop_if_cancelled()
-        self.connected, self._problem = True, ""
-        log.info("mqtt.up", broker=f"{self._broker.host}:{self._broker.port}")
-        work = (self._hear(client), self._answer(client), self._tell(client))
+        self._say_up(self._car)
+        work = (self._hear(client, heard), self._answer(client), self._tell(client))
         tasks = [asyncio.create_task(one) for one in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
         except asyncio.CancelledError:
             with contextlib.suppress(aiomqtt.MqttError):
                 await client.publish(
@@ -145,27 +191,36 @@ class MqttRunner:
                 )
             raise
         finally:
+            self._asked = self._own_topics = frozenset()  # until it hears them again, the door does
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+        raise AssertionError("a connection is carried until it breaks")
 
-    def _log_problem(self, error: aiomqtt.MqttError) -> None:
-        if str(error) != self._problem:
-            self._problem = str(error)
-            log.warning("mqtt.down", broker=f"{self._broker.host}:{self._broker.port}", problem=self._problem)
+    async def _hear_strangers(self, client: aiomqtt.Client, heard: Heard) -> NoReturn:
+        """The door's connection, to its end. Raises MqttError when it breaks."""
+        await subscribe(client, f"{self._root}/in/+")
+        self._say_up(self._door_line)
+        await self._hear(client, heard, is_door=True)
 
     # ---- consumer -> door -> consumer
 
-    async def _hear(self, client: aiomqtt.Client) -> NoReturn:
+    async def _hear(self, client: aiomqtt.Client, heard: Heard, *, is_door: bool = False) -> NoReturn:
         """Look at what consumers sent, for a moment in every turn of the loop; topics take turns."""
-        messages, heard = client.messages, self._heard
+        messages = client.messages
         while True:
-            self._look_at(await anext(messages))  # raises MqttError when the connection is gone
+            message = await anext(messages)  # raises MqttError when the connection is gone
             until_s = (
                 time.thread_time() + HEARD_TURN_S
             )  # our own work: a busy machine must not end the turn for us
-            while not heard.empty() and time.thread_time() < until_s:
-                self._look_at(heard.get_nowait())
+            while True:
+                if not (is_door and message.topic.value in self._own_topics):
+                    self._look_at(message)
+                if heard.empty() or time.thread_time() >= until_s:
+                    break
+                message = heard.get_nowait()
             await asyncio.sleep(self._load.rest_s())
 
     def _look_at(self, message: aiomqtt.Message) -> None:
@@ -216,18 +271,34 @@ class MqttRunner:
         """Publish what this connection has not carried yet, whenever something changed, and at every beat."""
         while True:
             changed = self._engine.changed
-            self._heard.favoured = frozenset(self._open_addresses())
-            await self._publish(client, [*self._hellos(), *self._news(), *self._telemetry()])
+            await self._hear_sessions(client)
+            await self._publish(client, [*self._online(), *self._hellos(), *self._news(), *self._telemetry()])
             await asyncio.sleep(LOOK_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await changed.wait()
 
+    async def _hear_sessions(self, client: aiomqtt.Client) -> None:
+        """Listen to where running sessions speak from, and to nothing else any more. What the broker refuses, the door hears."""
+        wanted = frozenset(self._open_addresses())
+        gone, new = self._asked - wanted, wanted - self._asked
+        self._asked, self._own_topics = wanted, self._own_topics - gone
+        if gone:
+            await client.unsubscribe(sorted(gone))
+        if new:
+            self._own_topics |= await granted(client, *new)
+
     def _open_addresses(self) -> Iterator[str]:
-        """Where running sessions speak from: whatever the rest of the world shouts, they are heard (rule 5)."""
         for session in self._engine.book.sessions.values():
-            if session.presentation is not None and session.stage not in CLOSED:
-                yield f"{self._root}/in/{session.presentation.sref}"
+            there = session.presentation
+            if there is not None and session.stage not in CLOSED and _TOPIC_LEVEL.fullmatch(there.sref):
+                yield f"{self._root}/in/{there.sref}"
+
+    def _online(self) -> Iterator[_Post]:
+        """Said once strangers are heard, and taken back when they are not."""
+        topic = f"{self._root}/online"
+        if self._door_line.connected or topic in self._retained:
+            yield from self._if_new(topic, ONLINE if self._door_line.connected else OFFLINE)
 
     def _hellos(self) -> Iterator[_Post]:
         if self._engine.live.header is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
 
@@ -70,17 +71,12 @@ def test_a_hundred_floods_leave_room_for_a_newcomer() -> None:
     assert "newcomer" in topics(taken(heard))
 
 
-def test_a_running_session_is_heard_although_there_is_no_room() -> None:
-    """Rule 5: ever new addresses may fill the room, but not at the cost of receipts."""
+def test_however_many_shout_the_room_has_its_size() -> None:
+    """Would catch memory that grows with the number of addresses that anybody can make up."""
     heard = Heard()
-    heard.favoured = frozenset({"charging"})
     for number in range(10_000):
         heard.put_nowait(message(f"new {number}"))
-    for _ in range(10_000):
-        heard.put_nowait(message("charging"))
-    heard.put_nowait(message("late"))
-    assert heard.qsize() == HEARD_MAX + HEARD_MAX_OF_TOPIC
-    assert "late" not in topics(taken(heard))
+    assert heard.qsize() == HEARD_MAX
 
 
 async def test_whoever_waits_is_woken_by_a_message_and_not_by_a_dropped_one() -> None:
@@ -187,6 +183,21 @@ async def test_everything_is_read_however_short_the_turns_are(monkeypatch, turn_
         await subscribe(client, "t/+")
         await until(lambda: heard.qsize() == FEW)
     assert [int(topic[2:]) for topic in topics(taken(heard))] == list(range(FEW))
+
+
+async def test_a_message_leaves_no_garbage_that_only_a_full_collection_finds() -> None:
+    """Would catch pauses of 20 ms in the charger's beat under a flood; tests what we believe of paho's own names, too."""
+    heard = Heard()
+    async with broker(said) as place, new_client(place, heard, timeout_s=10) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            ReadInTurns(client, lambda: 0.0)
+            await subscribe(client, "t/+")
+            await until(lambda: heard.qsize() == FEW)
+            assert gc.collect() < FEW
+        finally:
+            gc.enable()
 
 
 async def test_what_one_record_of_tls_holds_is_read_although_no_more_bytes_come(

@@ -21,6 +21,16 @@ async def test_a_real_client_subscribes_publishes_and_finds_what_is_retained() -
     assert (large.topic.value, len(large.payload)) == ("a/c", 5_000)
 
 
+async def test_what_a_client_does_not_want_any_more_it_does_not_get() -> None:
+    """Would catch an UNSUBSCRIBE that is read as something else."""
+    async with Broker() as broker, aiomqtt.Client("127.0.0.1", broker.port) as client, asyncio.timeout(30):
+        await client.subscribe([("a", 1), ("b", 1)])
+        await client.unsubscribe(["a"])
+        await client.publish("a", b"1", qos=1)
+        await client.publish("b", b"2", qos=1)
+        assert (await anext(client.messages)).topic.value == "b"
+
+
 async def test_the_will_of_a_client_that_dies_is_published_and_of_one_that_leaves_is_not() -> None:
     """Would catch a car that looks online for ever, or offline after each polite goodbye."""
     will = aiomqtt.Will("gone", b"offline", qos=1, retain=True)

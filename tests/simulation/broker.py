@@ -32,7 +32,7 @@ class Broker:
         self.weather, self.root = weather, root
         self.retained: dict[str, bytes] = {}
         self.consumers: dict[str, object] = {}  # sref -> callable
-        self._agent = None  # the mailbox of the connected agent
+        self._lines: list[AgentClient] = []  # the agent's connections
         self.overheard: list[tuple[str, bytes]] = []
 
     def says(self, sref, payload):
@@ -43,8 +43,9 @@ class Broker:
             asyncio.get_running_loop().call_later(latency_s, self._deliver, Incoming(topic, payload))
 
     def _deliver(self, incoming):
-        if self._agent is not None:
-            self._agent.put(incoming)
+        for line in self._lines:
+            if any(pattern in (incoming.topic.value, f"{self.root}/in/+") for pattern in line.patterns):
+                line.messages.put(incoming)
 
     def carries(self, topic, payload, *, retain):
         """The agent publishes."""
@@ -56,10 +57,10 @@ class Broker:
                 asyncio.get_running_loop().call_later(latency_s, hears, payload)
 
     def breaks(self):
-        """The agent is thrown out."""
-        if self._agent is not None:
-            self._agent.fail(aiomqtt.MqttError("the simulated broker threw us out"))
-            self._agent = None
+        """The agent is thrown out, with all its connections."""
+        lines, self._lines = self._lines, []
+        for line in lines:
+            line.messages.fail(aiomqtt.MqttError("the simulated broker threw us out"))
 
 
 class AgentClient:
@@ -68,32 +69,38 @@ class AgentClient:
     def __init__(self, broker, life):
         self._broker, self._life = broker, life
         self.messages = life.mailbox()
+        self.patterns: set[str] = set()
 
     async def _ask(self, name, effect):
-        return await self._life.call(f"broker.{name}", effect, self._life.weather.broker)
+        def effect_of_a_standing_connection():
+            if name != "connect" and self not in self._broker._lines:
+                raise aiomqtt.MqttError("the simulated connection is gone")
+            effect()
+
+        return await self._life.call(
+            f"broker.{name}", effect_of_a_standing_connection, self._life.weather.broker
+        )
 
     async def __aenter__(self):
-        def effect():
-            self._broker._agent = self.messages
-
-        await self._ask("connect", effect)
+        await self._ask("connect", lambda: self._broker._lines.append(self))
         return self
 
     async def __aexit__(self, *_):
-        if self._broker._agent is self.messages:
-            self._broker._agent = None
+        self._broker._lines = [line for line in self._broker._lines if line is not self]
 
-    async def subscribe(self, topic, qos=0):
-        """Nothing to remember: there is one agent. Granted with QoS 1."""
-        await self._ask("subscribe", lambda: None)
-        return (1,)
+    async def subscribe(self, topics):
+        """Granted with QoS 1."""
+        await self._ask("subscribe", lambda: self.patterns.update(topic for topic, _ in topics))
+        return tuple(qos for _, qos in topics)
+
+    async def unsubscribe(self, topics):
+        """Not heard any more."""
+        await self._ask("unsubscribe", lambda: self.patterns.difference_update(topics))
 
     async def publish(self, topic, payload, qos=0, retain=False, timeout=None):
         """Acknowledged, or MqttError."""
 
         def effect():
-            if self._broker._agent is not self.messages:
-                raise aiomqtt.MqttError("the simulated connection is gone")
             if self._broker.weather.broker_breaks():
                 self._broker.breaks()
             self._broker.carries(topic, payload, retain=retain)
@@ -109,7 +116,7 @@ def runner_above(broker, life):
             super().__init__(*arguments)
             self._load = Load(worked_s=lambda: 0.0)  # how fast this machine is may not change a story
 
-        def _client(self):
+        def _client(self, line, heard):
             return AgentClient(broker, life())
 
     return SimMqttRunner

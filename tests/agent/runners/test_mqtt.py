@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import shutil
+import struct
 import sys
 from collections import defaultdict
+from dataclasses import replace
 
 import aiomqtt
 import pytest
@@ -18,6 +20,7 @@ from agent.core.messages import MESSAGE_BYTES_MAX, Status, decode
 from agent.core.units import hex0x
 from agent.runners import mqtt
 from agent.runners.mqtt import BrokerAddress, MqttRunner
+from bench._broker import SUBACK, SUBSCRIBE, Broker, packet
 
 
 @pytest.fixture
@@ -278,7 +281,7 @@ async def test_runner_waits_for_a_broker_that_is_not_there_yet(plug, broker):
     """Would catch a daemon that does not start, or ends, because a broker is down: money never depends on one."""
     await broker.kill()
     async with carried(plug, broker.port) as runner:
-        await eventually(lambda: runner._problem)
+        await eventually(lambda: runner._car.problem)
         await broker.start()
         async with listening(plug, broker.port) as consumer:
             await consumer.until(lambda: consumer.payloads("online")[-1:] == [b"online"])
@@ -317,6 +320,116 @@ async def test_silent_broker_is_a_broken_connection(plug, monkeypatch):
             await connected.acquire()
             await connected.acquire()  # it gave the first connection up and came again
     await asyncio.gather(*visits)
+
+
+# ---- two connections
+
+
+class Picky(Broker):
+    """A broker whose answer to a subscription depends on the topic, and that delivers what it likes."""
+
+    def __init__(self, refuses=lambda _: False, withholds=lambda _: False):
+        super().__init__()
+        self._refuses, self._withholds = refuses, withholds
+
+    async def answer(self, visitor, kind, flags, body):
+        """As always, but for a subscription it does not like."""
+        (length,) = struct.unpack_from(">H", body, 2) if kind == SUBSCRIBE else (0,)
+        if kind == SUBSCRIBE and self._refuses(body[4 : 4 + length].decode()):
+            visitor.send(packet(SUBACK, body[:2] + b"\x80"))
+        else:
+            await super().answer(visitor, kind, flags, body)
+
+    def deliver(self, visitor, message):
+        """As always, but for a client that gets nothing."""
+        if not self._withholds(visitor):
+            super().deliver(visitor, message)
+
+
+def is_door(visitor):
+    """The connection that hears strangers."""
+    return any(pattern.endswith("/in/+") for pattern in visitor.patterns)
+
+
+async def test_who_is_charging_is_heard_although_nothing_gets_through_to_the_door(plug):
+    """Rule 5. Would catch receipts that wait behind a flood: mosquitto drops what finds no room on its way to us."""
+    terms = plug.delivering()
+    async with (
+        Picky(withholds=is_door) as broker,
+        carried(plug, broker.port) as runner,
+        listening(plug, broker.port) as consumer,
+    ):
+        await consumer.until(lambda: consumer.messages(kind="accept"))
+        await eventually(lambda: runner._own_topics)
+        await consumer.ask(plug.receipt(terms, 12))
+        await consumer.until(lambda: consumer.messages(kind="ack"))
+        await consumer.ask(b"{}", sref="stranger")
+        assert consumer.heard["out/stranger"] == []
+
+
+async def test_a_broker_that_grants_only_the_door_serves_everybody_there(plug):
+    """Would catch an access list written for one subscription that ends our connection over and over."""
+    terms = plug.delivering()
+    async with (
+        Picky(refuses=lambda pattern: pattern.endswith(f"/in/{SREF}")) as broker,
+        carried(plug, broker.port) as runner,
+        listening(plug, broker.port) as consumer,
+    ):
+        await consumer.until(lambda: consumer.messages(kind="accept"))
+        await consumer.until(lambda: consumer.payloads("online") == [b"online"])
+        await consumer.ask(plug.receipt(terms, 12))
+        await consumer.until(lambda: consumer.messages(kind="ack"))
+        assert runner._own_topics == frozenset()
+        assert runner.connected
+
+
+async def test_who_hears_no_strangers_does_not_say_that_he_is_online(plug, capfd):
+    """Would catch an access list that lets us speak and not hear, and nobody notices."""
+    async with (
+        Picky(refuses=lambda pattern: pattern.endswith("/in/+")) as broker,
+        carried(plug, broker.port) as runner,
+        listening(plug, broker.port) as consumer,
+    ):
+        await eventually(lambda: runner._door_line.problem)
+        await consumer.until(lambda: "car/state" in consumer.heard)
+        assert consumer.payloads("online") == []
+        assert "does not let us subscribe" in runner._door_line.problem
+
+
+async def test_a_session_that_ended_is_not_listened_to_any_more(plug):
+    """Would catch subscriptions that pile up over the years."""
+    plug.delivering()
+    async with Picky() as broker, carried(plug, broker.port) as runner:
+        await eventually(lambda: runner._own_topics)
+        mine = next(one for one in broker.visitors if any(p.endswith(SREF) for p in one.patterns))
+        plug.engine.book = replace(plug.engine.book, sessions={})
+        plug.header()
+        await eventually(lambda: mine.patterns == [])
+        assert runner._own_topics == frozenset()
+
+
+async def test_what_comes_over_both_connections_is_looked_at_once(plug, monkeypatch):
+    """Would catch a consumer whose every message counts twice against his pace."""
+    terms = plug.delivering()
+    looked, answer = [], plug.door.answer
+
+    def watched(sref, source, data):
+        looked.append(sref)
+        return answer(sref, source, data)
+
+    monkeypatch.setattr(plug.door, "answer", watched)
+    async with (
+        Picky() as broker,
+        carried(plug, broker.port) as runner,
+        listening(plug, broker.port) as consumer,
+    ):
+        await consumer.until(lambda: consumer.payloads("online") == [b"online"])
+        await eventually(lambda: runner._own_topics)
+        await consumer.ask(plug.receipt(terms, 12))
+        await consumer.until(lambda: consumer.messages(kind="ack"))
+        await consumer.ask(b"{}", sref="stranger")
+        await consumer.until(lambda: consumer.messages("stranger"))
+        assert looked == [SREF, "stranger"]
 
 
 # ---- hostile visitors
