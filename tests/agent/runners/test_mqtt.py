@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import aiomqtt
 import pytest
+import structlog
 from plug import DOMAIN, NOW_S, PORT, SREF, Plug, eventually
 from tcp_proxy import TcpProxy
 
@@ -324,6 +325,8 @@ async def test_silent_broker_is_a_broken_connection(plug, monkeypatch):
 
 # ---- two connections
 
+FLOOD_S = 9.0  # longer than an acknowledgement is waited for
+
 
 class Picky(Broker):
     """A broker whose answer to a subscription depends on the topic, and that delivers what it likes."""
@@ -430,6 +433,50 @@ async def test_what_comes_over_both_connections_is_looked_at_once(plug, monkeypa
         await consumer.ask(b"{}", sref="stranger")
         await consumer.until(lambda: consumer.messages("stranger"))
         assert looked == [SREF, "stranger"]
+
+
+FLOOD = """
+import socket, struct, sys, time
+from bench._broker import CONNECT, Message, packet, publish_packet
+
+port, root, seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+broker = socket.create_connection(("127.0.0.1", port))
+broker.sendall(packet(CONNECT, b"\\x00\\x04MQTT\\x04\\x02\\x00\\x3c\\x00\\x06vandal"))
+broker.recv(4)
+frames = [publish_packet(Message(f"{root}/in/vandal{n}", b"x" * 900, qos=0)) for n in range(1_000)]
+until_s = time.monotonic() + seconds
+while time.monotonic() < until_s:
+    broker.sendall(b"".join(frames[:200]))
+    frames = frames[200:] + frames[:200]
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("broker", ["mosquitto"], indirect=True)
+async def test_a_flood_through_mosquitto_costs_a_running_session_nothing(plug, broker):
+    """Twenty thousand a second. Would catch acknowledgements and receipts that mosquitto drops, because the same connection of
+    ours cannot read as fast as strangers shout: it then went down and up again every few seconds.
+    """
+    terms = plug.delivering()
+    with structlog.testing.capture_logs() as lines:
+        await flooded(plug, broker, terms)
+    assert not [line for line in lines if line["event"] == "mqtt.down" and line["line"] == "car"]
+
+
+async def flooded(plug, broker, terms):
+    """A receipt now and then for as long as somebody shouts; every one is acknowledged in the end."""
+    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+        await consumer.client.unsubscribe(f"{consumer.root}/#")  # not the flood
+        await consumer.client.subscribe(f"{consumer.root}/out/{SREF}", qos=1)
+        await eventually(lambda: runner.connected and runner._own_topics)
+        vandal = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", FLOOD, str(broker.port), consumer.root, str(FLOOD_S)
+        )
+        for wh in range(1, 13):
+            await asyncio.sleep(FLOOD_S / 16)
+            await consumer.ask(plug.receipt(terms, wh))
+        await consumer.until(lambda: [m.delivered_wh for m in consumer.messages(kind="ack")][-1:] == [12])
+        assert await vandal.wait() == 0
 
 
 # ---- hostile visitors
