@@ -195,6 +195,13 @@ SLIPS = (
         OF_SESSION + "rule_6_paid_less_than_acknowledged_is_stranded_and_says_so",
     ),
     Slip(
+        "rule_3_a_pause_for_credit_does_not_rest",
+        SESSION,
+        "return min(CREDIT_REST_S_MAX, CREDIT_REST_S << min(session.credit_pauses - 1, 16))",
+        "return CREDIT_REST_S",
+        OF_SESSION + "who_signs_one_wh_at_a_time_wears_the_contactor_no_more_than_a_minute_allows",
+    ),
+    Slip(
         "rule_7_close_is_not_seen",
         SESSION,
         "if session.closing_at_s is not None or session.ended is not None:\n        return Hindrance.CLOSING\n",

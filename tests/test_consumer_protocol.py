@@ -18,7 +18,7 @@ from agent.consumer.policy import Patience, SigningLimits
 from agent.core import messages
 from agent.core import token as rules
 from agent.core.live import Policy
-from agent.core.session import Stage
+from agent.core.session import CREDIT_REST_S, CREDIT_REST_S_MAX, Stage
 from agent.runners.http import SREF, STATUS_BY_REASON, STATUS_OF_OTHER_REASONS
 from contracts import load_artefact
 
@@ -244,6 +244,9 @@ def test_the_times_and_limits_are_the_codes():
         "messages a second after that, from one source": f"{door.SOURCE_RATE[1]:g}",
         "a new presentation of one session at most every": f"{door.PRESENT_EVERY_MS // 1000} s",
         "the provider waits in a pause for a receipt": f"{policy.receipt_timeout_s} s",
+        "a pause for a receipt lasts at least": (
+            f"{CREDIT_REST_S} s, the next one {2 * CREDIT_REST_S} s, then {4 * CREDIT_REST_S} s ... {CREDIT_REST_S_MAX} s"
+        ),
         "the provider waits after a stop for the last receipt": f"{policy.final_receipt_wait_s} s",
         "the provider stops before the token's validity ends by": f"{policy.validity_margin_s} s",
         "`final` is offered for": f"{door.NEWS_KEPT_S} s",

@@ -46,6 +46,8 @@ class Stage(StrEnum):
 
 S = Stage
 CLOSED = frozenset({S.SETTLED, S.LAPSED, S.STRANDED})
+# Pauses for credit: a consumer that signs one Wh at a time would open and close the contactor for each of them.
+CREDIT_REST_S, CREDIT_REST_S_MAX = 2, 60
 HOLDS_PORT = frozenset({S.AUTHORISED, S.DELIVERING, S.PAUSED, S.STOPPING})
 STOPPABLE = frozenset({S.MATCHED, S.AUTHORISED, S.DELIVERING, S.PAUSED})  # a stop is news to them
 
@@ -151,6 +153,7 @@ class Hindrance(StrEnum):
     CLOSING = "closing_on_chain"
     CREDIT = "waiting_for_receipt"
     UNFINAL_CAP = "waiting_for_finality"
+    RESTING = "resting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,7 @@ class Session:
     energy_mwh_metered: int = 0  # closed segments
     life: int | None = None  # which life of the agent offered power last
     pause_reason: str = ""
+    credit_pauses: int = 0
     energy_wh_acked: int = 0
     ack: Ack = NO_ACK
     acked_at_s: int = 0
@@ -301,7 +305,16 @@ def hindrance(session: Session, live: Live) -> Hindrance | None:
         return Hindrance.CREDIT
     if not session.final and delivered_wh >= policy.max_unfinal_wh:
         return Hindrance.UNFINAL_CAP
+    if session.stage is S.PAUSED and live.waited_s(session.session_id) < _rest_s(session):
+        return Hindrance.RESTING
     return None
+
+
+def _rest_s(session: Session) -> int:
+    """How long a pause for credit lasts at least, receipt or not: twice as long at each."""
+    if session.pause_reason != Hindrance.CREDIT:
+        return 0
+    return min(CREDIT_REST_S_MAX, CREDIT_REST_S << min(session.credit_pauses - 1, 16))
 
 
 def _reserve(session: Session, live: Live, port: str, reading: PortReading) -> bool | None:
@@ -531,7 +544,10 @@ def _closed_segment(session: Session, register_mwh: int) -> Session:
 def _delivery_paused(session: Session, event: ev.DeliveryPaused) -> Session:
     stage = S.PAUSED if session.stage is S.DELIVERING else session.stage
     closed = _closed_segment(session, event.register_mwh)
-    return session if closed is session else replace(closed, stage=stage, pause_reason=event.reason)
+    if closed is session:
+        return session
+    pauses = session.credit_pauses + (event.reason == Hindrance.CREDIT)
+    return replace(closed, stage=stage, pause_reason=event.reason, credit_pauses=pauses)
 
 
 def _stop_decided(session: Session, event: ev.StopDecided) -> Session:

@@ -1,5 +1,6 @@
 """One session's life: every row of the table, every rule of DESIGN section 5, every reason that hinders power."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,8 @@ from agent.core.events import StopReason
 from agent.core.live import Beat, Live, Policy, PortLost
 from agent.core.session import (
     CLOSED,
+    CREDIT_REST_S,
+    CREDIT_REST_S_MAX,
     HOLDS_PORT,
     REVERTS_MAX,
     TABLE,
@@ -495,6 +498,43 @@ def test_rule_3_a_receipt_resumes_and_the_meter_goes_on_where_it_stood():
     assert story.stage is S.DELIVERING
     assert story.session.register_mwh_begin == begin
     assert story.on_port() == Deliver(PORT, SID, REGISTER + 1_000_000)
+
+
+def test_who_signs_one_wh_at_a_time_wears_the_contactor_no_more_than_a_minute_allows():
+    """Would catch a consumer that pays for every Wh and opens the contactor a hundred times in an hour: rests double."""
+    story, pauses = delivering(), []
+    for second in range(1_800):
+        before = story.stage
+        story.passes(1)
+        if story.stage is S.PAUSED and before is S.DELIVERING:
+            pauses.append(second)
+        if story.stage is S.PAUSED and hindrance(story.session, story.live) is Hindrance.CREDIT:
+            unacked_wh = story.session.energy_mwh_metered // 1000 - story.session.energy_wh_acked
+            story = story >> receipt(story.session.energy_wh_acked + unacked_wh - 49)
+    rests = [later - earlier for earlier, later in itertools.pairwise(pauses)]
+    assert 10 < len(pauses) < 40
+    assert min(rests[:1]) < 10, (
+        "the first ones cost an honest consumer with a bad network nothing but seconds"
+    )
+    assert min(rests[6:]) >= CREDIT_REST_S_MAX
+
+
+def test_a_rest_is_shown_by_name_and_ends():
+    """Would catch a consumer who signed, sees nothing happen and is not told why; or a rest that never ends."""
+    story = delivering()
+    while story.stage is not S.PAUSED:
+        story.passes(1)
+    story = story >> receipt(story.session.energy_mwh_metered // 1000)
+    assert hindrance(story.session, story.live) is Hindrance.RESTING
+    assert story.passes(CREDIT_REST_S + 1).delivering
+
+
+def test_only_pauses_for_credit_rest():
+    """Would catch an honest consumer who waits for what he has no part in: a chain that was away for a moment."""
+    story = delivering(signing=True)
+    story = story >> ev.DeliveryPaused(story.live.at_s, SID, story.outlet.register_mwh, Hindrance.VIEW_STALE)
+    assert story.session.credit_pauses == 0
+    assert hindrance(story.session, story.live) is not Hindrance.RESTING
 
 
 def test_rule_3_two_minutes_without_a_receipt_end_the_session_on_the_last_one():

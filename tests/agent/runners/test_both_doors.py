@@ -98,13 +98,16 @@ async def test_a_session_goes_from_door_to_door_and_back(place):
     plug.read()
     plug.read(5_012_345, power_w=11_000, pilot_state="C")
     assert decode(await consumer.by_http(plug.receipt(terms, 8))).delivered_wh == 8
+    await eventually(
+        lambda: any(decode(one).TYPE == "ack" for one in consumer.heard)
+    )  # the broker's side hears of it, too
     assert decode(await consumer.by_mqtt(plug.receipt(terms, 12), "ack")).delivered_wh == 12
     assert decode(await consumer.by_http(plug.receipt(terms, 8))).delivered_wh == 12, (
         "the highest, wherever it came"
     )
     stopped = decode(await consumer.by_http(plug.stop(terms)))
     assert stopped.stage == "STOPPING"
-    await eventually(lambda: encode(stopped) in consumer.heard)  # the broker's side hears of it by itself
+    await eventually(lambda: encode(stopped) in consumer.heard)  # and of this
 
 
 @pytest.mark.parametrize("first", ["mqtt", "http"])

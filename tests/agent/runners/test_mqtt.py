@@ -9,10 +9,12 @@ import struct
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import aiomqtt
 import pytest
 import structlog
+import vandals
 from plug import DOMAIN, NOW_S, PORT, SREF, Plug, eventually
 from tcp_proxy import TcpProxy
 
@@ -73,6 +75,7 @@ async def serve():
 
 asyncio.run(serve())
 """
+ROOT = Path(__file__).parents[3]
 MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
 
 
@@ -435,23 +438,6 @@ async def test_what_comes_over_both_connections_is_looked_at_once(plug, monkeypa
         assert looked == [SREF, "stranger"]
 
 
-FLOOD = """
-import socket, struct, sys, time
-from bench._broker import CONNECT, Message, packet, publish_packet
-
-port, root, seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-broker = socket.create_connection(("127.0.0.1", port))
-broker.sendall(packet(CONNECT, b"\\x00\\x04MQTT\\x04\\x02\\x00\\x3c\\x00\\x06vandal"))
-broker.recv(4)
-frames = [publish_packet(Message(f"{root}/in/vandal{n}", b"x" * 900, qos=0)) for n in range(1_000)]
-until_s = time.monotonic() + seconds
-while time.monotonic() < until_s:
-    broker.sendall(b"".join(frames[:200]))
-    frames = frames[200:] + frames[:200]
-    time.sleep(0.01)
-"""
-
-
 @pytest.mark.parametrize("broker", ["mosquitto"], indirect=True)
 async def test_a_flood_through_mosquitto_costs_a_running_session_nothing(plug, broker):
     """Twenty thousand a second. Would catch acknowledgements and receipts that mosquitto drops, because the same connection of
@@ -469,14 +455,17 @@ async def flooded(plug, broker, terms):
         await consumer.client.unsubscribe(f"{consumer.root}/#")  # not the flood
         await consumer.client.subscribe(f"{consumer.root}/out/{SREF}", qos=1)
         await eventually(lambda: runner.connected and runner._own_topics)
-        vandal = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", FLOOD, str(broker.port), consumer.root, str(FLOOD_S)
-        )
-        for wh in range(1, 13):
-            await asyncio.sleep(FLOOD_S / 16)
-            await consumer.ask(plug.receipt(terms, wh))
-        await consumer.until(lambda: [m.delivered_wh for m in consumer.messages(kind="ack")][-1:] == [12])
-        assert await vandal.wait() == 0
+        words = (sys.executable, vandals.__file__, "mqtt", str(broker.port), consumer.root)
+        vandal = await asyncio.create_subprocess_exec(*words, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        try:
+            for wh in range(1, 13):
+                await asyncio.sleep(FLOOD_S / 12)
+                await consumer.ask(plug.receipt(terms, wh))
+            await consumer.until(lambda: [m.delivered_wh for m in consumer.messages(kind="ack")][-1:] == [12])
+            assert vandal.returncode is None, "it shouts to the end"
+        finally:
+            vandal.kill()
+            await vandal.wait()
 
 
 # ---- hostile visitors
@@ -556,7 +545,7 @@ async def test_a_flood_is_looked_at_for_a_moment_in_each_turn_and_answered_now_a
         counting.cancel()
         noise = [topic for topic in consumer.heard if topic.startswith("out/vandal")]
         assert runner.connected
-    assert busiest == 1
+    assert busiest <= 2, "one on each connection"
     assert len(noise) < sum(looked.values())
 
 
