@@ -51,6 +51,7 @@ CONNECTIONS_MAX_PER_SOURCE = 16  # one visitor cannot take them all; a browser o
 ACCEPTED_AT_ONCE_MAX = 8  # in a turn of the event loop; asyncio would take a hundred before it looks up again
 LISTEN_BACKLOG = 512  # the others wait in the kernel; whom it turns away knocks again only a second later
 NO_HANDLES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 NO_HANDLES_WAIT_S = 1.0  # until the system may have a place for one more
 PACE = (
     50.0,
@@ -176,8 +177,14 @@ class HttpRunner:
             known = await loop.getaddrinfo(
                 self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            for family, address in sorted({(family, address[:2]) for family, _, _, _, address in known}):
-                found.append(socket.create_server(address, family=family, backlog=LISTEN_BACKLOG))
+            addresses = sorted({(family, address) for family, _, _, _, address in known})
+            for family, address in addresses:
+                try:
+                    found.append(socket.create_server(address, family=family, backlog=LISTEN_BACKLOG))
+                except OSError as error:
+                    if error.errno in NOT_HERE and (found or (family, address) != addresses[-1]):
+                        continue  # `localhost` has an IPv6 address on paper where the system has none
+                    raise
                 found[-1].settimeout(0)
         except OSError as error:
             for one in found:

@@ -521,6 +521,30 @@ async def test_it_listens_where_it_is_told_and_says_where_that_is(plug, host):
         assert response.status == 200
 
 
+@pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+async def test_without_ipv6_localhost_is_served_all_the_same(plug, monkeypatch, code):
+    """Would catch a car that has no page because its kernel has no IPv6; and an address in use is still an error."""
+    create = socket.create_server
+
+    def without_ipv6(address, *, family, **more):
+        if family == socket.AF_INET6:
+            raise OSError(code, os.strerror(code))
+        return create(address, family=family, **more)
+
+    both = [(family, 1, 6, "", (host, 0)) for family, host in ((10, "::1"), (2, "127.0.0.1"))]
+
+    async def known(*_, **__):
+        return both
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", known)
+    monkeypatch.setattr(socket, "create_server", without_ipv6)
+    async with served(plug, "localhost") as runner:
+        assert runner.url.startswith("http://127.0.0.1:")
+    both.pop()
+    with pytest.raises(Misconfigured, match="cannot listen"):
+        await HttpRunner(plug.engine, plug.door, "localhost", 0).run()
+
+
 async def test_bug_behind_the_door_ends_the_runner(plug, monkeypatch):
     """Would catch a failed journal that becomes a quiet 500 while the agent goes on selling (DESIGN section 6)."""
 
