@@ -137,8 +137,13 @@ class MqttCarrier:
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             payload = message.payload
-            if isinstance(payload, bytes) and 0 < len(payload) <= MESSAGE_BYTES_MAX:
+            is_for_us = self._is_ours(message.topic.value)
+            if is_for_us and isinstance(payload, bytes) and 0 < len(payload) <= MESSAGE_BYTES_MAX:
                 self._inbox.put(payload)
+
+    def _is_ours(self, topic: str) -> bool:
+        """A broker may bring what nobody asked for (amqtt does: what it retains for others)."""
+        return topic == f"{self._root}/out/{self._sref}" or topic.startswith(f"{self._root}/hello/")
 
     async def _subscribe(self) -> None:
         if self._client is not None:

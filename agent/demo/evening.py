@@ -40,6 +40,8 @@ from agent.demo.devnet import Devnet
 from agent.demo.screen import Glance, Moment, MoneyRow, Screen
 from agent.demo.thief import LATER_S, Attempt, Thief, Wiretap
 from agent.errors import Transient
+from agent.mqtt_client import Heard, new_client, subscribe
+from agent.runners.mqtt import ONLINE
 from firmware_bridge.simulator import PlantConfig, Simulator, SimulatorConfig
 
 PROVIDERS = ("alice", "bob")
@@ -252,6 +254,35 @@ def _thief(stage: _Stage) -> Thief:
     )
 
 
+async def _visit(stage: _Stage, thief: Thief) -> None:
+    """Not before everybody is at home: nobody refuses anything at a door that is not there yet."""
+    await _until_online(
+        stage.broker, [one.owner.address for one in stage.providers], stage.settings.directory
+    )
+    await thief.visit()
+
+
+async def _until_online(broker: Broker, providers: list[Address], directory: Path) -> None:
+    """Until each of them has said `online`, and so hears whoever knocks. Raises Transient with the agents' last words."""
+    away = {f"v2v/1/{hex0x(provider)}/online" for provider in providers}
+    try:
+        async with (
+            asyncio.timeout(AGENT_READY_TIMEOUT_S),
+            new_client(
+                BrokerPlace(broker.host, broker.port), Heard(), timeout_s=AGENT_READY_TIMEOUT_S
+            ) as client,
+        ):
+            await subscribe(client, *away)
+            while away:
+                message = await anext(client.messages)
+                if message.payload == ONLINE:
+                    away.discard(message.topic.value)
+    except TimeoutError as error:
+        raise Transient(
+            f"an agent was not online within {AGENT_READY_TIMEOUT_S:.0f} s", remedy=_last_words(directory)
+        ) from error
+
+
 async def _thief_returns(stage: _Stage, thief: Thief, summary: EveningSummary) -> EveningSummary:
     """Everything is paid and counted; he comes back when the token's time is over."""
     stage.net.methods.increase_time(LATER_S)
@@ -277,7 +308,7 @@ async def _trade(stage: _Stage, thief: Thief | None) -> tuple[JourneySummary, li
     async with asyncio.TaskGroup() as group:
         buying = group.create_task(_buy(stage, tell, thief))
         if thief is not None:
-            group.create_task(thief.visit())
+            group.create_task(_visit(stage, thief))
         await started.wait()
         for one, percent in zip(stage.providers, (90, 80), strict=True):
             moments.append(await _bid(stage, one, RATE_START_WEI_PER_KWH * percent // 100))

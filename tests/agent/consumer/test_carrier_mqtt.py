@@ -69,6 +69,17 @@ async def test_a_retained_hello_is_there_at_once_and_again_when_asked(broker):
         assert await carrier.next(5) == b"hello"
 
 
+async def test_what_a_broker_brings_unasked_is_left_alone(broker):
+    """Would catch a consumer that reads whatever arrives: amqtt brings everybody who connects what it retains for others."""
+    async with aiomqtt.Client(broker.host, broker.port) as other:
+        await other.publish("somebody/else", b"not for us", qos=1, retain=True)
+        await other.publish(f"{ROOT}/hello/0xaa", b"hello", qos=1, retain=True)
+        await other.subscribe("somebody/else", qos=1)
+        async with MqttCarrier(Broker(broker.host, broker.port), SREF) as carrier:
+            await carrier.meet(OWNER.address)
+            assert await carrier.next(5) == b"hello"
+
+
 async def test_what_is_too_long_is_dropped_unread(broker):
     """Would catch a stranger who makes us keep megabytes."""
     async with (
