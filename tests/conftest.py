@@ -60,8 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what is marked `long`, saying how to run it."""
     if config.getoption("--long"):
         for item in items:
-            if not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
+            of_its_own = item.get_closest_marker("timeout")
+            if of_its_own is None or of_its_own.args[0] < LONG_TIMEOUT_S:
+                item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S), append=False)
         return
     for item in items:
         if item.get_closest_marker("long"):
