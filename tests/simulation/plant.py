@@ -13,7 +13,7 @@ UJ_PER_MWH = 3_600_000
 
 
 class Outlet:
-    """One charging port and the car at it. `delivered_mwh` is the truth."""
+    """One charging port and the car at it. `delivered_mwh` is the truth, `power_w_max` what the car draws at most."""
 
     def __init__(self, now_ms, *, step_mwh=1_000, lies_permille=1_000, shows_contactor=True, config=None):
         self._now_ms = now_ms
@@ -27,17 +27,11 @@ class Outlet:
             counter_step_mwh=step_mwh,
             poll_interval_ms=1_000,
         )
-
-    @property
-    def power_w_max(self):
-        """What the car draws at most."""
-        config = self.plant.config
-        return (
-            config.phase_count
-            * config.voltage_mv
-            * min(config.ev_current_ma_max, config.current_ma_max)
-            // 10**6
-        )
+        drawn = (
+            self.plant.config
+        )  # kept for the checkers: behind an open breaker no car draws what it drew before
+        current_ma = min(drawn.ev_current_ma_max, drawn.current_ma_max)
+        self.power_w_max = drawn.phase_count * drawn.voltage_mv * current_ma // 10**6
 
     def look(self):
         """The physics up to now."""

@@ -11,6 +11,7 @@ A_NIGHT = pytest.mark.timeout(4 * 3_600)  # a storm takes 0.4 s of two cores
 ONCE_RED = {
     622: "the first head after an outage jumped over the stop deadline: a car ramping down was called stuck",
     630: "the checker's mistake: while no blocks come, what was deep in the newest one stays deep",
+    4_429: "the checker's mistake: once the breaker upstream was open, it reckoned with a car that had never drawn anything",
     2_001_296: "a process that stood still in the middle of a stop took that for waiting, and ended by an old register",
     2_002_015: "a reorganisation lost a transaction, and the settlement behind its nonce waited until a stranger settled",
     3_000_037: "a reorganisation took the session while the sender asked the node about its settlement, and the sender crashed",
