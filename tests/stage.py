@@ -27,7 +27,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from agent.chain import contract
@@ -512,10 +512,22 @@ class Stage:
         return self.begin(self._at_the_plug(journey, http=http))
 
     async def _at_the_plug(self, journey, *, http):
+        if http:
+            await self._door_opened()
         place = BrokerPlace("127.0.0.1", self.broker_port, **self.broker_login)
         carrier = HttpCarrier(self.door_url, journey.sref) if http else MqttCarrier(place, journey.sref)
         async with carrier:
             return await journey.present(carrier)
+
+    async def _door_opened(self):
+        """The agent says that it is started before its door is open, and a consumer who finds it shut goes home."""
+        async with asyncio.timeout(START_S):
+            while True:
+                with suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.http_port)
+                    writer.close()
+                    return
+                await asyncio.sleep(0.02)
 
 
 async def _called(function):

@@ -8,17 +8,19 @@ from typing import Self
 
 
 class TcpProxy:
-    """`async with TcpProxy(port) as proxy:` listens on `proxy.port` and forwards to the port behind."""
+    """`async with TcpProxy(port) as proxy:` listens on `proxy.port` and forwards to the port behind. Entered again, it listens
+    where it did before; in between, nobody does.
+    """
 
-    def __init__(self, port_behind: int) -> None:
-        self.port = 0
+    def __init__(self, port_behind: int, port: int = 0) -> None:
+        self.port = port
         self._port_behind = port_behind
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._pumps: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -37,7 +39,11 @@ class TcpProxy:
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        reader_behind, writer_behind = await asyncio.open_connection("127.0.0.1", self._port_behind)
+        try:
+            reader_behind, writer_behind = await asyncio.open_connection("127.0.0.1", self._port_behind)
+        except OSError:  # nobody there
+            writer.close()
+            return
         for source, sink in ((reader, writer_behind), (reader_behind, writer)):
             pump = asyncio.create_task(self._pump(source, sink))
             self._pumps.add(pump)

@@ -301,6 +301,8 @@ class MqttRunner:
             yield from self._if_new(topic, ONLINE if self._door_line.connected else OFFLINE)
 
     def _hellos(self) -> Iterator[_Post]:
+        if not self._door_line.connected:
+            return  # an invitation to speak where nobody listens yet
         if self._engine.live.header is None:
             return  # without a header we do not know the time, so we cannot say until when a Hello is good
         for port in self._door.ports:

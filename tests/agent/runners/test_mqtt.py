@@ -183,7 +183,7 @@ async def test_late_comer_finds_the_hello_and_that_the_provider_is_online(plug, 
 async def test_consumer_presents_signs_and_hears_each_news_once(plug, broker):
     """Would catch a lost answer, news without end, an ack that never comes, and an accept said twice (answer and news)."""
     terms = plug.plugged_in()
-    async with carried(plug, broker.port), listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port):
         await consumer.until(lambda: consumer.heard[hello_topic()])
         hello = decode(consumer.heard[hello_topic()][0].payload)
         await consumer.ask(plug.present(terms, hello))
@@ -213,7 +213,7 @@ async def test_a_consumer_that_repeats_itself_is_told_everything_again(plug, bro
     minutes the session ends.
     """
     terms = plug.plugged_in()
-    async with carried(plug, broker.port), listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port):
         await consumer.until(lambda: consumer.heard[hello_topic()])
         presentation = plug.present(terms, decode(consumer.heard[hello_topic()][0].payload))
         await consumer.ask(presentation)
@@ -233,7 +233,7 @@ async def test_a_consumer_that_repeats_itself_is_told_everything_again(plug, bro
 async def test_owner_telemetry_is_retained_and_small(plug, broker):
     """Would catch telemetry outside the owner's topics, unretained, or beyond what a broker lets through."""
     plug.delivering()
-    async with carried(plug, broker.port), listening(plug, broker.port) as owner:
+    async with listening(plug, broker.port) as owner, carried(plug, broker.port):
         await owner.until(lambda: "car/port/left/power" in owner.heard and "car/state" in owner.heard)
         assert owner.payloads("car/port/left/power") == [b"11000"]
         assert json.loads(owner.payloads("car/state")[0])["ports"] == [PORT]
@@ -265,16 +265,18 @@ async def test_broker_says_offline_for_a_provider_that_died(plug, broker):
         await consumer.until(lambda: consumer.payloads("online")[-1] == b"online")
 
 
-async def test_runner_comes_back_after_the_broker_was_killed(plug, broker):
+async def test_runner_comes_back_after_the_broker_was_killed(plug, broker, unused_tcp_port_factory):
     """Would catch a runner that ends with its broker, or comes back without Hello, online, subscription and news."""
     terms = plug.delivering()
-    async with carried(plug, broker.port) as runner:
-        async with listening(plug, broker.port) as consumer:
-            await consumer.until(lambda: consumer.messages(kind="accept"))
-        await broker.kill()
-        await eventually(lambda: not runner.connected)
+    way = TcpProxy(broker.port, unused_tcp_port_factory())
+    async with carried(plug, way.port) as runner:
+        async with way:
+            await eventually(lambda: runner.connected and runner._told)
+            await broker.kill()
+            await eventually(lambda: not runner.connected)
         await broker.start()
-        async with listening(plug, broker.port) as consumer:
+        # News is said once a connection: the consumer has to be there before the runner finds its way back.
+        async with listening(plug, broker.port) as consumer, way:
             await consumer.until(lambda: consumer.payloads("online")[-1:] == [b"online"])
             await consumer.until(lambda: consumer.heard[hello_topic()] and consumer.messages(kind="accept"))
             await consumer.ask(plug.receipt(terms, 12))
@@ -362,8 +364,8 @@ async def test_who_is_charging_is_heard_although_nothing_gets_through_to_the_doo
     terms = plug.delivering()
     async with (
         Picky(withholds=is_door) as broker,
-        carried(plug, broker.port) as runner,
         listening(plug, broker.port) as consumer,
+        carried(plug, broker.port) as runner,
     ):
         await consumer.until(lambda: consumer.messages(kind="accept"))
         await eventually(lambda: runner._own_topics)
@@ -378,8 +380,8 @@ async def test_a_broker_that_grants_only_the_door_serves_everybody_there(plug):
     terms = plug.delivering()
     async with (
         Picky(refuses=lambda pattern: pattern.endswith(f"/in/{SREF}")) as broker,
-        carried(plug, broker.port) as runner,
         listening(plug, broker.port) as consumer,
+        carried(plug, broker.port) as runner,
     ):
         await consumer.until(lambda: consumer.messages(kind="accept"))
         await consumer.until(lambda: consumer.payloads("online") == [b"online"])
@@ -389,16 +391,20 @@ async def test_a_broker_that_grants_only_the_door_serves_everybody_there(plug):
         assert runner.connected
 
 
-async def test_who_hears_no_strangers_does_not_say_that_he_is_online(plug, capfd):
-    """Would catch an access list that lets us speak and not hear, and nobody notices."""
+async def test_who_hears_no_strangers_invites_none(plug, capfd):
+    """Would catch an access list that lets us speak and not hear, and nobody notices; and a Hello before anybody listens: a
+    consumer who answers it once, at once, is never heard.
+    """
+    plug.header()
     async with (
         Picky(refuses=lambda pattern: pattern.endswith("/in/+")) as broker,
-        carried(plug, broker.port) as runner,
         listening(plug, broker.port) as consumer,
+        carried(plug, broker.port) as runner,
     ):
         await eventually(lambda: runner._door_line.problem)
         await consumer.until(lambda: "car/state" in consumer.heard)
         assert consumer.payloads("online") == []
+        assert consumer.heard[hello_topic()] == []
         assert "does not let us subscribe" in runner._door_line.problem
 
 
@@ -426,8 +432,8 @@ async def test_what_comes_over_both_connections_is_looked_at_once(plug, monkeypa
     monkeypatch.setattr(plug.door, "answer", watched)
     async with (
         Picky() as broker,
-        carried(plug, broker.port) as runner,
         listening(plug, broker.port) as consumer,
+        carried(plug, broker.port) as runner,
     ):
         await consumer.until(lambda: consumer.payloads("online") == [b"online"])
         await eventually(lambda: runner._own_topics)
@@ -451,7 +457,7 @@ async def test_a_flood_through_mosquitto_costs_a_running_session_nothing(plug, b
 
 async def flooded(plug, broker, terms):
     """A receipt now and then for as long as somebody shouts; every one is acknowledged in the end."""
-    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port) as runner:
         await consumer.client.unsubscribe(f"{consumer.root}/#")  # not the flood
         await consumer.client.subscribe(f"{consumer.root}/out/{SREF}", qos=1)
         await eventually(lambda: runner.connected and runner._own_topics)
@@ -500,9 +506,9 @@ async def test_return_address_from_another_transport_cannot_leave_its_topic(plug
         (sref, Status(terms.session_id, "PAUSED", 0, 0, "")) for sref in ("#", "a/b", "+", "", "x" * 65, "\0")
     ]
     monkeypatch.setattr(plug.door, "news", lambda: (*evil, *honest))
-    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port) as runner:
         await consumer.until(lambda: consumer.messages(kind="accept"))
-        assert runner.connected
+        assert runner._car.connected
         assert {topic for topic in consumer.heard if topic.startswith("out/")} == {f"out/{SREF}"}
 
 
@@ -533,7 +539,7 @@ async def test_a_flood_is_looked_at_for_a_moment_in_each_turn_and_answered_now_a
             await consumer.client.publish(f"{consumer.root}/in/vandal{number % 300}", b"{}", qos=0)
 
     monkeypatch.setattr(plug.door, "answer", watched)
-    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port) as runner:
         await consumer.until(lambda: runner.connected and consumer.messages(kind="accept"))
         counting = asyncio.create_task(count_turns())
         flooding = asyncio.create_task(flood(consumer))
@@ -563,7 +569,7 @@ async def test_a_flood_leaves_the_thread_time_to_rest(plug, broker, monkeypatch)
 
     monkeypatch.setattr(plug.door, "answer", watched)
     monkeypatch.setattr(mqtt.Load, "rest_s", lambda _: 3_600.0 if looked >= 5 else 0.0)
-    async with carried(plug, broker.port) as runner, listening(plug, broker.port) as consumer:
+    async with listening(plug, broker.port) as consumer, carried(plug, broker.port) as runner:
         await consumer.until(lambda: runner.connected)
         for number in range(100):
             await consumer.client.publish(f"{consumer.root}/in/vandal{number}", b"{}", qos=1)
