@@ -27,9 +27,8 @@ class Outlet:
             counter_step_mwh=step_mwh,
             poll_interval_ms=1_000,
         )
-        drawn = (
-            self.plant.config
-        )  # kept for the checkers: behind an open breaker no car draws what it drew before
+        # Kept for the checkers: behind an open breaker no car draws what it drew before.
+        drawn = self.plant.config
         current_ma = min(drawn.ev_current_ma_max, drawn.current_ma_max)
         self.power_w_max = drawn.phase_count * drawn.voltage_mv * current_ma // 10**6
 
